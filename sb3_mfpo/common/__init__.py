@@ -1,0 +1,1 @@
+"""Maths, modules and plumbing that the algorithms of this package share."""

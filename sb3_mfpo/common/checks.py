@@ -1,0 +1,68 @@
+"""Checks of arguments and of what environments return: a clear ``ValueError`` before anything is lost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+
+def check_integer(name: str, value: Any, minimum: int) -> None:
+    """
+    :param name: Name of the argument, for the message
+    :param value: Its value
+    :param minimum: Smallest value allowed
+    :raises ValueError: If the value is not an integer of at least ``minimum``
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < minimum:
+        raise ValueError(f"`{name}` must be an integer of at least {minimum}, not {value!r}.")
+
+
+def check_range(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
+    """
+    :param name: Name of the argument, for the message
+    :param value: Its value
+    :param low: Smallest value allowed
+    :param high: Largest value allowed
+    :raises ValueError: If the value is not a finite number in [low, high]
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not low <= value <= high:
+        raise ValueError(f"`{name}` must be a number in [{low:g}, {high:g}], not {value!r}.")
+    if not math.isfinite(value):
+        raise ValueError(f"`{name}` must be finite, not {value!r}.")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """
+    :param name: Name of the argument, for the message
+    :param value: Its value
+    :param choices: The values allowed
+    :raises ValueError: If the value is not one of ``choices``
+    """
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, not {value!r}.")
+
+
+def check_finite(what: str, values: np.ndarray | Mapping[str, np.ndarray], num_timesteps: int) -> None:
+    """
+    Check numbers that come from an environment.
+
+    :param what: What the numbers are, for the message
+    :param values: One row per environment, or a dictionary of such arrays
+    :param num_timesteps: Environment steps so far, for the message
+    :raises ValueError: If a number is NaN or infinite
+    """
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            check_finite(f"{what} '{key}'", value, num_timesteps)
+        return
+    finite = np.isfinite(values)
+    if not finite.all():
+        env = int(np.argwhere(~finite)[0][0])
+        raise ValueError(
+            f"Environment {env} returned a non-finite {what} at step {num_timesteps}: {values[env]}. It was not stored and "
+            "the networks were not updated: saving the model now gives a clean checkpoint. Mend the environment, or find the "
+            "cause with `stable_baselines3.common.vec_env.VecCheckNan`."
+        )

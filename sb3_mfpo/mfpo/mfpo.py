@@ -1,0 +1,698 @@
+"""Mean Flow Policy Optimization (MFPO) as a Stable-Baselines3 algorithm."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.preprocessing import get_action_dim
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, RolloutReturn, Schedule, TrainFreq
+from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
+from stable_baselines3.common.vec_env import VecEnv
+from torch.nn import functional as F
+
+from sb3_mfpo.common import importance, mean_flow
+from sb3_mfpo.common.categorical import reduce_values
+from sb3_mfpo.common.checks import check_choice, check_finite, check_integer, check_range
+from sb3_mfpo.common.divergence import hutchinson_divergence, jacobian_vector_products
+from sb3_mfpo.common.policies import Critic
+from sb3_mfpo.mfpo.policies import (
+    CRITIC_REDUCTIONS,
+    AverageDivergenceNetwork,
+    CnnPolicy,
+    InstantaneousDivergence,
+    MeanFlowActor,
+    MFPOPolicy,
+    MlpPolicy,
+    MultiInputPolicy,
+)
+
+SelfMFPO = TypeVar("SelfMFPO", bound="MFPO")
+
+
+class FlowDraws(NamedTuple):
+    """
+    Random draws of a regression on the flow.
+
+    ``t`` and ``r``: time pairs in (0, 1), shape (B, 1); ``noise``: standard normal, shape (B, d).
+    """
+
+    t: th.Tensor
+    r: th.Tensor
+    noise: th.Tensor
+
+
+class GradientStepDraws(NamedTuple):
+    """
+    All randomness of one gradient step.
+
+    ``next_noise``: starts the next actions, standard normal, shape (B, d); ``policy_noise``: starts the policy's proposals,
+    standard normal, shape (B, max(K1, 1), d); ``uniform``: of the Gaussian proposals, in [0, 1), shape (B, K2, d);
+    ``probes``: Hutchinson probes, standard normal, shape (N, B, d).
+    """
+
+    next_noise: th.Tensor
+    policy_noise: th.Tensor
+    uniform: th.Tensor
+    actor: FlowDraws
+    divergence: FlowDraws
+    probes: th.Tensor
+
+
+class MFPO(OffPolicyAlgorithm):
+    """
+    Mean Flow Policy Optimization (MFPO)
+
+    Maximum-entropy off-policy reinforcement learning with a policy that carries noise to actions in two steps of a learned
+    average velocity field. A second network, the average divergence network (ADN), follows the log-probability along the
+    same steps.
+
+    Paper: https://arxiv.org/abs/2604.14698
+    Authors' code: https://github.com/MFPolicy/MFPO
+
+    The arguments up to ``_init_setup_model`` are those of SB3's ``SAC``, in the same order; MFPO's own follow by keyword.
+    ``policy_kwargs`` hold the architecture, see :class:`sb3_mfpo.mfpo.policies.MFPOPolicy`.
+
+    :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy)
+    :param env: The environment to learn from (if registered in Gym, can be str); a Box action space with finite bounds
+    :param learning_rate: Learning rate of all optimizers (actor, critics, divergence network, temperature); it can be a
+        function of the current progress remaining (from 1 to 0)
+    :param buffer_size: Size of the replay buffer, in transitions
+    :param learning_starts: How many steps of uniformly random actions to collect before learning starts
+    :param batch_size: Minibatch size for each gradient update
+    :param tau: Soft update coefficient of the target critics ("Polyak update", in [0, 1])
+    :param gamma: Discount factor in [0, 1]
+    :param train_freq: Update the model every ``train_freq`` steps. Alternatively pass a tuple of frequency and unit like
+        ``(5, "step")`` or ``(2, "episode")``.
+    :param gradient_steps: How many gradient steps to do after each rollout (see ``train_freq``); ``-1`` does as many as
+        steps were done in the environments during the rollout
+    :param action_noise: Noise added to the actions during collection; None by default, the policy explores by itself
+    :param replay_buffer_class: Replay buffer class to use (for instance ``HerReplayBuffer``). If ``None``, it is selected
+        automatically.
+    :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation
+    :param optimize_memory_usage: Enable a memory efficient variant of the replay buffer at a cost of more complexity
+    :param n_steps: When n_steps > 1, uses n-step returns (with the ``NStepReplayBuffer``)
+    :param ent_coef: Temperature alpha > 0. ``"auto_0.01"`` learns it from the initial value 0.01, ``"auto"`` from 1 as in
+        SAC; a float fixes it.
+    :param target_update_interval: Update the target critics every so many gradient steps
+    :param target_entropy: Entropy in nats of the scaled action that a learned temperature aims at; ``"auto"`` is
+        -0.5 times the number of action coordinates (the paper's rho = 0.5)
+    :param use_sde: Not supported: gSDE perturbs the weights of a Gaussian policy's last layer, which a flow does not have
+    :param sde_sample_freq: Without effect, for the sake of SAC's signature
+    :param use_sde_at_warmup: Without effect, for the sake of SAC's signature
+    :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average the reported
+        success rate, mean episode length, and mean reward over
+    :param tensorboard_log: The log location for tensorboard (if None, no logging)
+    :param policy_kwargs: Additional arguments to be passed to the policy on creation
+    :param verbose: Verbosity level: 0 for no output, 1 for info messages (such as device or wrappers used), 2 for debug
+        messages
+    :param seed: Seed for the pseudo random generators
+    :param device: Device (cpu, cuda, ...) on which the code should be run. Setting it to auto, the code will be run on the
+        GPU if possible.
+    :param _init_setup_model: Whether or not to build the network at the creation of the instance
+    :param n_policy_samples: Number K1 of actions per state that the policy proposes to the velocity estimate; 0 leaves the
+        Gaussian proposal alone
+    :param n_gaussian_samples: Number K2 of actions per state from the truncated Gaussian proposal; 0 leaves the policy's
+        proposal alone
+    :param n_probes: Number N of Hutchinson probes of the divergence
+    :param equal_time_share: Share in [0, 1] of a batch with r = t, that is of plain flow matching
+    :param time_mean: Mean of the normal distribution inside the logit-normal distribution of times
+    :param time_std: Its standard deviation
+    :param critic_reduction: "min" or "mean" over the critics, in targets, velocity estimate and choice of action (the authors
+        use "mean" for HalfCheetah, "min" for the other MuJoCo tasks)
+    :param policy_delay: Update actor, divergence network and temperature every so many gradient steps
+    :raises ValueError: If an argument is out of range; the message names it
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "CnnPolicy": CnnPolicy,
+        "MultiInputPolicy": MultiInputPolicy,
+    }
+    policy: MFPOPolicy
+    actor: MeanFlowActor
+    divergence: AverageDivergenceNetwork | InstantaneousDivergence
+    critic: Critic
+    critic_target: Critic
+
+    # Share of the target's mass beyond the support from which a user should know
+    MAX_CLIPPED_MASS = 0.01
+    # Half-width of the action space beyond which it is probably not meant
+    MAX_USUAL_BOUND = 100.0
+
+    def __init__(
+        self,
+        policy: str | type[MFPOPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 3e-4,
+        buffer_size: int = 1_000_000,
+        learning_starts: int = 100,
+        batch_size: int = 256,
+        tau: float = 0.005,
+        gamma: float = 0.99,
+        train_freq: int | tuple[int, str] = 1,
+        gradient_steps: int = 1,
+        action_noise: ActionNoise | None = None,
+        replay_buffer_class: type[ReplayBuffer] | None = None,
+        replay_buffer_kwargs: dict[str, Any] | None = None,
+        optimize_memory_usage: bool = False,
+        n_steps: int = 1,
+        ent_coef: str | float = "auto_0.01",
+        target_update_interval: int = 1,
+        target_entropy: str | float = "auto",
+        use_sde: bool = False,
+        sde_sample_freq: int = -1,
+        use_sde_at_warmup: bool = False,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+        *,
+        n_policy_samples: int = 16,
+        n_gaussian_samples: int = 32,
+        n_probes: int = 2,
+        equal_time_share: float = 0.75,
+        time_mean: float = -0.4,
+        time_std: float = 1.0,
+        critic_reduction: str = "min",
+        policy_delay: int = 1,
+    ):
+        if use_sde:
+            raise ValueError(
+                "`use_sde=True` is not supported: gSDE has no meaning for a flow policy, which explores by itself. Remove the "
+                "argument, or use `action_noise` for more exploration."
+            )
+        super().__init__(
+            policy,
+            env,
+            learning_rate,
+            buffer_size,
+            learning_starts,
+            batch_size,
+            tau,
+            gamma,
+            train_freq,
+            gradient_steps,
+            action_noise,
+            replay_buffer_class=replay_buffer_class,
+            replay_buffer_kwargs=replay_buffer_kwargs,
+            optimize_memory_usage=optimize_memory_usage,
+            n_steps=n_steps,
+            policy_kwargs=policy_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            verbose=verbose,
+            device=device,
+            seed=seed,
+            sde_support=False,
+            supported_action_spaces=(spaces.Box,),
+            support_multi_env=True,
+        )
+        self.ent_coef = ent_coef
+        self.target_entropy = target_entropy
+        self.target_update_interval = target_update_interval
+        self.n_policy_samples = n_policy_samples
+        self.n_gaussian_samples = n_gaussian_samples
+        self.n_probes = n_probes
+        self.equal_time_share = equal_time_share
+        self.time_mean = time_mean
+        self.time_std = time_std
+        self.critic_reduction = critic_reduction
+        self.policy_delay = policy_delay
+        self.log_ent_coef: th.Tensor | None = None
+        self.ent_coef_optimizer: th.optim.Optimizer | None = None
+        self._rollout_timesteps = 0
+        self._warned_of_clipping = False
+
+        if _init_setup_model:
+            self._setup_model()
+
+    def _check_arguments(self) -> None:
+        """
+        Check everything that can be checked without work.
+
+        :raises ValueError: If an argument is out of range; the message names it
+        """
+        for name in ("buffer_size", "batch_size", "n_steps", "n_probes", "policy_delay", "target_update_interval"):
+            check_integer(name, getattr(self, name), minimum=1)
+        for name in ("learning_starts", "n_policy_samples", "n_gaussian_samples"):
+            check_integer(name, getattr(self, name), minimum=0)
+        check_integer("gradient_steps", self.gradient_steps, minimum=-1)
+        for name in ("tau", "gamma", "equal_time_share"):
+            check_range(name, getattr(self, name), 0, 1)
+        check_range("time_mean", self.time_mean)
+        check_range("time_std", self.time_std, low=0)
+        check_choice("critic_reduction", self.critic_reduction, CRITIC_REDUCTIONS)
+        if self.n_policy_samples + self.n_gaussian_samples == 0:
+            raise ValueError("`n_policy_samples` and `n_gaussian_samples` are both 0: the velocity estimate needs a proposal.")
+        parse_ent_coef(self.ent_coef)
+        parse_target_entropy(self.target_entropy, self.action_space)
+        self.policy_class.check_arguments(**self.policy_kwargs)  # type: ignore[attr-defined]
+
+        low, high = self.action_space.low, self.action_space.high  # type: ignore[attr-defined]
+        if not (low < high).all():
+            raise ValueError(f"Every lower bound of the action space must be below the upper bound, not {self.action_space}.")
+        if max(abs(low).max(), abs(high).max()) > self.MAX_USUAL_BOUND:
+            warnings.warn(
+                f"The action space reaches beyond {self.MAX_USUAL_BOUND:g} ({self.action_space}). The policy explores all of it "
+                "alike: if the bounds are nominal, wrap the environment in `gymnasium.wrappers.RescaleAction` or state tighter "
+                "ones.",
+                stacklevel=4,
+            )
+        if self.n_envs > 1 and self.gradient_steps == 1:
+            warnings.warn(
+                f"`gradient_steps=1` with {self.n_envs} environments lowers the number of updates per environment step; "
+                "`gradient_steps=-1` keeps it at one.",
+                stacklevel=4,
+            )
+
+    def _setup_model(self) -> None:
+        self._check_arguments()
+        super()._setup_model()
+        self.policy.critic_reduction = self.critic_reduction
+        self._create_aliases()
+        self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
+        self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
+        self.target_entropy = parse_target_entropy(self.target_entropy, self.action_space)
+        value, learned = parse_ent_coef(self.ent_coef)
+        if learned:
+            # The logarithm is learned, so that the temperature stays positive
+            self.log_ent_coef = th.log(th.ones(1, device=self.device) * value).requires_grad_(True)
+            self.ent_coef_optimizer = th.optim.Adam([self.log_ent_coef], lr=self.lr_schedule(1))
+        else:
+            self.ent_coef_tensor = th.tensor(value, device=self.device)
+
+    def _create_aliases(self) -> None:
+        self.actor = self.policy.actor
+        self.divergence = self.policy.divergence
+        self.critic = self.policy.critic
+        self.critic_target = self.policy.critic_target
+
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        result = super()._setup_learn(*args, **kwargs)
+        assert self._last_obs is not None
+        check_finite("observation", self._last_obs, self.num_timesteps)
+        return result
+
+    def collect_rollouts(
+        self,
+        env: VecEnv,
+        callback: BaseCallback,
+        train_freq: TrainFreq,
+        replay_buffer: ReplayBuffer,
+        action_noise: ActionNoise | None = None,
+        learning_starts: int = 0,
+        log_interval: int | None = None,
+    ) -> RolloutReturn:
+        rollout = super().collect_rollouts(
+            env, callback, train_freq, replay_buffer, action_noise, learning_starts, log_interval
+        )
+        self._rollout_timesteps = rollout.episode_timesteps
+        return rollout
+
+    def _store_transition(
+        self,
+        replay_buffer: ReplayBuffer,
+        buffer_action: np.ndarray,
+        new_obs: np.ndarray | dict[str, np.ndarray],
+        reward: np.ndarray,
+        dones: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        check_finite("observation", new_obs, self.num_timesteps)
+        check_finite("reward", reward, self.num_timesteps)
+        for done, info in zip(dones, infos, strict=True):
+            if done and "terminal_observation" in info:
+                last = info["terminal_observation"]
+                batch = {key: value[None] for key, value in last.items()} if isinstance(last, dict) else last[None]
+                check_finite("terminal observation", batch, self.num_timesteps)
+        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+
+    def train(self, gradient_steps: int, batch_size: int = 64) -> None:
+        """
+        Sample the replay buffer and do the updates.
+
+        :param gradient_steps: Number of gradient steps
+        :param batch_size: Minibatch size
+        :raises ValueError: If a loss is NaN or infinite; the step's weights are then untouched
+        """
+        # This affects batch normalisation and dropout
+        self.policy.set_training_mode(True)
+        self._update_learning_rate(self._optimizers())
+
+        history: dict[str, list[th.Tensor]] = defaultdict(list)
+        for _ in range(gradient_steps):
+            batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
+            for name, value in self._gradient_step(batch, self._draw(batch_size)).items():
+                history[name].append(value)
+
+        metrics = {name: th.stack(values).mean().item() for name, values in history.items()}
+        self._log(metrics, gradient_steps)
+
+    def _optimizers(self) -> list[th.optim.Optimizer]:
+        optimizers = [self.actor.optimizer, self.critic.optimizer]
+        if isinstance(self.divergence, AverageDivergenceNetwork):
+            optimizers.append(self.divergence.optimizer)
+        if self.ent_coef_optimizer is not None:
+            optimizers.append(self.ent_coef_optimizer)
+        return optimizers
+
+    def _log(self, metrics: dict[str, float], gradient_steps: int) -> None:
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        self.logger.record("train/updates_per_step", gradient_steps / max(self._rollout_timesteps, 1))
+        for name, value in metrics.items():
+            self.logger.record(f"train/{name}", value)
+        if metrics.get("clipped_target_mass", 0.0) > self.MAX_CLIPPED_MASS and not self._warned_of_clipping:
+            self._warned_of_clipping = True
+            warnings.warn(
+                f"{metrics['clipped_target_mass']:.1%} of the value targets' mass lies outside of [v_min, v_max] = "
+                f"[{self.policy.v_min:g}, {self.policy.v_max:g}] and is clipped (gradient step {self._n_updates}): returns "
+                'beyond are not told apart. Widen them, `policy_kwargs=dict(v_min=..., v_max=...)`, scale the rewards '
+                '(`VecNormalize`), or use `policy_kwargs=dict(critic_type="scalar")`.',
+                stacklevel=2,
+            )
+
+    def _draw(self, batch_size: int) -> GradientStepDraws:
+        """
+        :param batch_size: Minibatch size B
+        :return: All randomness of one gradient step, from PyTorch's default generator
+        """
+        d, n_policy = get_action_dim(self.action_space), max(self.n_policy_samples, 1)
+
+        def normal(*shape: int) -> th.Tensor:
+            return th.randn(*shape, device=self.device)
+
+        def flow_draws(network_type: str) -> FlowDraws:
+            n_equal = self._n_equal(batch_size, network_type)
+            times = mean_flow.sample_times(normal(batch_size, 2), self.time_mean, self.time_std, n_equal)
+            return FlowDraws(*times, normal(batch_size, d))
+
+        return GradientStepDraws(
+            next_noise=normal(batch_size, d),
+            policy_noise=normal(batch_size, n_policy, d),
+            uniform=th.rand(batch_size, self.n_gaussian_samples, d, device=self.device),
+            actor=flow_draws(self.policy.actor_type),
+            divergence=flow_draws(self.policy.divergence_type),
+            probes=normal(self.n_probes, batch_size, d),
+        )
+
+    def _gradient_step(self, batch: Any, draws: GradientStepDraws) -> dict[str, th.Tensor]:
+        """
+        One step of the critics, and every ``policy_delay`` steps of the policy.
+
+        :param batch: Sample of a replay buffer
+        :param draws: The step's randomness
+        :return: Quantities to log by name, scalars without gradient
+        """
+        self._n_updates += 1
+        ent_coef = self._temperature()
+        metrics = {"ent_coef": ent_coef} | self._update_critic(batch, draws, ent_coef)
+        if self._n_updates % self.target_update_interval == 0:
+            self._update_target()
+        if self._n_updates % self.policy_delay == 0:
+            metrics |= self._improve_policy(batch.observations, draws, ent_coef)
+        return metrics
+
+    def _temperature(self) -> th.Tensor:
+        if self.log_ent_coef is None:
+            return self.ent_coef_tensor
+        return self.log_ent_coef.detach().exp().squeeze()
+
+    def _update_critic(self, batch: Any, draws: GradientStepDraws, ent_coef: th.Tensor) -> dict[str, th.Tensor]:
+        """
+        Regress the critics on the soft Bellman target (Eq. 29).
+
+        :param batch: Sample of a replay buffer
+        :param draws: The step's randomness
+        :param ent_coef: Temperature
+        :return: Quantities to log
+        """
+        # n-step buffers bring their own discounts, gamma to the number of steps that were summed
+        discounts = (1 - batch.dones) * (self.gamma if batch.discounts is None else batch.discounts)
+        with th.no_grad():
+            next_actions, log_prob = self.policy.sample(self.actor.encode(batch.next_observations), draws.next_noise)
+            target, clipped = self.critic_target.bellman_target(
+                self.critic_target.encode(batch.next_observations),
+                next_actions,
+                batch.rewards,
+                discounts,
+                -ent_coef * log_prob.unsqueeze(1),
+                self.critic_reduction,
+            )
+
+        loss, q_value = self.critic.loss(self.critic.encode(batch.observations), batch.actions, target)
+        self._optimize("critic_loss", loss, self.critic.optimizer)
+        return {"critic_loss": loss.detach(), "q_value": q_value, "clipped_target_mass": clipped}
+
+    def _update_target(self) -> None:
+        polyak_update(self.critic.parameters(), self.critic_target.parameters(), self.tau)
+        # Running statistics of batch normalisation are copied, as in SAC
+        polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
+
+    def _improve_policy(
+        self, observations: PyTorchObs, draws: GradientStepDraws, ent_coef: th.Tensor
+    ) -> dict[str, th.Tensor]:
+        """
+        Soft policy improvement: actor, divergence network and temperature, in this order (authors' code).
+
+        :param observations: Batch of observations
+        :param draws: The step's randomness
+        :param ent_coef: Temperature
+        :return: Quantities to log
+        """
+        with th.no_grad():
+            features = self.actor.encode(observations)
+            actions, log_prob = self.policy.sample(features.unsqueeze(1), draws.policy_noise)
+        metrics = self._update_actor(observations, actions, log_prob, draws, ent_coef)
+        metrics |= self._update_divergence(observations, actions[:, 0], draws)
+        return metrics | self._update_temperature(entropy=-log_prob.mean())
+
+    def _update_actor(
+        self,
+        observations: PyTorchObs,
+        actions: th.Tensor,
+        log_prob: th.Tensor,
+        draws: GradientStepDraws,
+        ent_coef: th.Tensor,
+    ) -> dict[str, th.Tensor]:
+        """
+        Regress the average velocity on the Boltzmann policy's velocity field (Eq. 19-28).
+
+        :param observations: Batch of observations
+        :param actions: Samples of the policy, shape (B, K, d)
+        :param log_prob: Their log-probabilities, shape (B, K)
+        :param draws: The step's randomness
+        :param ent_coef: Temperature
+        :return: Quantities to log
+        """
+        t, r, noise = draws.actor
+        # Sample: a point on the path from the first action
+        noisy_actions = mean_flow.interpolate(actions[:, 0], noise, t)
+        # Weight: the Boltzmann policy's velocity there
+        velocity, metrics = self._boltzmann_velocity(observations, actions, log_prob, noisy_actions, t, draws.uniform, ent_coef)
+        # Target: the MeanFlow identity
+        features = self.actor.encode(observations)
+        n_equal = self._n_equal(len(t), self.policy.actor_type)
+        target = mean_flow.mean_flow_target(self.actor, features, noisy_actions, t, r, velocity, velocity, n_equal)
+        # Loss
+        loss = F.mse_loss(self.actor(features, noisy_actions, t, t - r), target)
+        self._optimize("actor_loss", loss, self.actor.optimizer)
+        return {"actor_loss": loss.detach()} | metrics
+
+    @th.no_grad()
+    def _boltzmann_velocity(
+        self,
+        observations: PyTorchObs,
+        actions: th.Tensor,
+        log_prob: th.Tensor,
+        noisy_actions: th.Tensor,
+        t: th.Tensor,
+        uniform: th.Tensor,
+        ent_coef: th.Tensor,
+    ) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+        """
+        Velocity field of exp(Q / alpha), by importance sampling from both proposals (Eq. 19-27).
+
+        :param observations: Batch of observations
+        :param actions: Samples of the policy, shape (B, max(K1, 1), d)
+        :param log_prob: Their log-probabilities, shape (B, max(K1, 1))
+        :param noisy_actions: a_t, shape (B, d)
+        :param t: Time in (0, 1), shape (B, 1)
+        :param uniform: Draws behind the Gaussian proposal, shape (B, K2, d)
+        :param ent_coef: Temperature
+        :return: Velocity, shape (B, d); quantities to log
+        """
+        policy_actions, policy_log_prob = actions[:, : self.n_policy_samples], log_prob[:, : self.n_policy_samples]
+        gaussian_actions = importance.gaussian_proposal(noisy_actions, t, uniform)
+        features = self.critic.encode(observations).unsqueeze(1)
+        q_values = reduce_values(
+            self.critic.q_values(features, th.cat([policy_actions, gaussian_actions], dim=1)), self.critic_reduction
+        )
+        policy_q, gaussian_q = q_values.split([policy_actions.shape[1], gaussian_actions.shape[1]], dim=1)
+
+        proposals = {}
+        if self.n_policy_samples > 0:
+            log_weights = importance.policy_log_weights(policy_q, policy_log_prob, policy_actions, noisy_actions, t, ent_coef)
+            proposals["policy"] = (log_weights, policy_actions)
+        if self.n_gaussian_samples > 0:
+            proposals["gaussian"] = (importance.gaussian_log_weights(gaussian_q, ent_coef), gaussian_actions)
+        estimates = {
+            name: importance.snis_velocity(log_weights.softmax(dim=1), samples, noisy_actions, t)
+            for name, (log_weights, samples) in proposals.items()
+        }
+        velocities, sample_sizes = zip(*estimates.values(), strict=True)
+        velocity, shares = importance.combine_by_sample_size(velocities, sample_sizes)
+        metrics = {f"ess_{name}": size.mean() for name, (_, size) in estimates.items()}
+        if "policy" in proposals:
+            metrics["policy_proposal_weight"] = shares[0].mean()
+        return velocity, metrics
+
+    def _update_divergence(
+        self, observations: PyTorchObs, actions: th.Tensor, draws: GradientStepDraws
+    ) -> dict[str, th.Tensor]:
+        """
+        Regress the average divergence on the divergence of the updated actor's velocity field (Eq. 12-18).
+
+        :param observations: Batch of observations
+        :param actions: Samples of the policy, shape (B, d)
+        :param draws: The step's randomness
+        :return: Quantities to log
+        """
+        if not isinstance(self.divergence, AverageDivergenceNetwork):
+            return {}
+        t, r, noise = draws.divergence
+        # Sample: a point on the path from an action of the policy
+        noisy_actions = mean_flow.interpolate(actions, noise, t)
+        # Target: the MeanFlow identity around Hutchinson's estimate
+        with th.no_grad():
+            features = self.actor.encode(observations)
+            velocity = self.actor.velocity(features, noisy_actions, t)
+            products = jacobian_vector_products(
+                lambda points: self.actor.velocity(features, points, t), noisy_actions, draws.probes
+            )
+        divergence = hutchinson_divergence(draws.probes, products)
+        n_equal = self._n_equal(len(t), self.policy.divergence_type)
+        target = mean_flow.mean_flow_target(self.divergence, features, noisy_actions, t, r, velocity, divergence, n_equal)
+        # Loss
+        loss = F.mse_loss(self.divergence(features, noisy_actions, t, t - r), target)
+        self._optimize("divergence_loss", loss, self.divergence.optimizer)
+        return {"divergence_loss": loss.detach()}
+
+    def _update_temperature(self, entropy: th.Tensor) -> dict[str, th.Tensor]:
+        """
+        Raise a learned temperature when the entropy is below its target, else lower it (Eq. 30).
+
+        :param entropy: Entropy of the policy in nats, a scalar
+        :return: Quantities to log
+        """
+        if self.ent_coef_optimizer is None or self.log_ent_coef is None:
+            return {"entropy": entropy}
+        loss = (self.log_ent_coef.exp() * (entropy - self.target_entropy)).mean()
+        self._optimize("ent_coef_loss", loss, self.ent_coef_optimizer)
+        return {"entropy": entropy, "ent_coef_loss": loss.detach()}
+
+    def _n_equal(self, batch_size: int, network_type: str) -> int:
+        """
+        :param batch_size: Minibatch size B
+        :param network_type: "mean_flow" or "flow_matching", of which the latter learns from r = t alone
+        :return: Number of leading rows with r = t
+        """
+        return batch_size if network_type == "flow_matching" else int(self.equal_time_share * batch_size)
+
+    def _optimize(self, name: str, loss: th.Tensor, optimizer: th.optim.Optimizer) -> None:
+        """
+        Take a step down a loss.
+
+        :param name: Name of the loss, for the message
+        :param loss: A scalar
+        :param optimizer: Optimizer of the parameters to change
+        :raises ValueError: If the loss is NaN or infinite, before any weight changes
+        """
+        if not th.isfinite(loss):
+            raise ValueError(
+                f"`{name}` is {loss.item()} at gradient step {self._n_updates} (environment step {self.num_timesteps}). The step "
+                "was not taken: saving the model now gives a clean checkpoint. Usual causes: rewards or observations of a huge "
+                "scale (use `VecNormalize`), or a too high learning rate."
+            )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    def learn(
+        self: SelfMFPO,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str = "MFPO",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfMFPO:
+        return super().learn(
+            total_timesteps=total_timesteps,
+            callback=callback,
+            log_interval=log_interval,
+            tb_log_name=tb_log_name,
+            reset_num_timesteps=reset_num_timesteps,
+            progress_bar=progress_bar,
+        )
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "actor", "divergence", "critic", "critic_target"]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        state_dicts = ["policy", "actor.optimizer", "critic.optimizer"]
+        if isinstance(self.divergence, AverageDivergenceNetwork):
+            state_dicts.append("divergence.optimizer")
+        if self.ent_coef_optimizer is None:
+            return state_dicts, ["ent_coef_tensor"]
+        return [*state_dicts, "ent_coef_optimizer"], ["log_ent_coef"]
+
+
+def parse_ent_coef(ent_coef: str | float) -> tuple[float, bool]:
+    """
+    :param ent_coef: "auto", "auto_<initial value>", or a number
+    :return: The (initial) temperature, and whether it is learned
+    :raises ValueError: If it is none of these, or not positive
+    """
+    text = str(ent_coef)
+    learned = text.startswith("auto")
+    try:
+        value = 1.0 if text == "auto" else float(text.removeprefix("auto_"))
+    except ValueError:
+        value = np.nan
+    if not 0 < value < np.inf:
+        raise ValueError(
+            f'`ent_coef` must be "auto", "auto_<initial value>" such as "auto_0.01", or a positive number, not {ent_coef!r}. (The '
+            "policy improvement divides by it.)"
+        )
+    return value, learned
+
+
+def parse_target_entropy(target_entropy: str | float, action_space: spaces.Space) -> float:
+    """
+    :param target_entropy: "auto" or a number
+    :param action_space: Box action space
+    :return: Target entropy in nats
+    :raises ValueError: If it is neither
+    """
+    if target_entropy == "auto":
+        return -0.5 * get_action_dim(action_space)
+    try:
+        value = float(target_entropy)
+    except (TypeError, ValueError):
+        value = np.nan
+    if not np.isfinite(value):
+        raise ValueError(f'`target_entropy` must be "auto" or a finite number of nats, not {target_entropy!r}.')
+    return value

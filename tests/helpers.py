@@ -1,0 +1,62 @@
+"""Small environments and models that several test files use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+from sb3_mfpo import MFPO
+
+# Small networks and few samples: the shapes of everything stay different from each other
+SMALL_POLICY: dict[str, Any] = dict(net_arch=[16, 12], time_fourier_dim=8, time_embedding_dim=6, n_atoms=11, v_min=-20, v_max=20)
+SMALL: dict[str, Any] = dict(
+    policy_kwargs=SMALL_POLICY,
+    learning_starts=10,
+    buffer_size=500,
+    batch_size=8,
+    n_policy_samples=3,
+    n_gaussian_samples=4,
+    device="cpu",
+)
+
+
+class RandomEnv(gym.Env):
+    """Observations drawn from the space, reward from the action, episodes of a fixed length."""
+
+    def __init__(
+        self,
+        observation_space: spaces.Space | None = None,
+        action_space: spaces.Box | None = None,
+        episode_length: int = 7,
+        terminates: bool = False,
+    ):
+        self.observation_space = observation_space or spaces.Box(-1, 1, (3,), np.float32)
+        self.action_space = action_space or spaces.Box(-1, 1, (2,), np.float32)
+        self.episode_length = episode_length
+        self.terminates = terminates
+        self.steps = 0
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict]:
+        super().reset(seed=seed)
+        if seed is not None:
+            self.observation_space.seed(seed)
+        self.steps = 0
+        return self.observation_space.sample(), {}
+
+    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict]:
+        assert self.action_space.contains(action), f"{action} is not in {self.action_space}"
+        self.steps += 1
+        ended = self.steps == self.episode_length
+        reward = float(-np.square(action).sum())
+        return self.observation_space.sample(), reward, ended and self.terminates, ended and not self.terminates, {}
+
+
+def make_model(env: Any = None, **kwargs: Any) -> MFPO:
+    """A small MFPO on a small environment; ``policy_kwargs`` are added to the small ones."""
+    policy_kwargs = {**SMALL_POLICY, **kwargs.pop("policy_kwargs", {})}
+    return MFPO(
+        kwargs.pop("policy", "MlpPolicy"), RandomEnv() if env is None else env, **{**SMALL, **kwargs}, policy_kwargs=policy_kwargs
+    )
