@@ -11,9 +11,10 @@ from gymnasium import spaces
 from sb3_mfpo import MFPO
 
 # Small networks and few samples: the shapes of everything stay different from each other
-SMALL_POLICY: dict[str, Any] = dict(net_arch=[16, 12], time_fourier_dim=8, time_embedding_dim=6, n_atoms=11, v_min=-20, v_max=20)
+SMALL_POLICY: dict[str, Any] = dict(
+    net_arch=[16, 12], time_fourier_dim=8, time_embedding_dim=6, n_atoms=11, v_min=-300, v_max=300
+)
 SMALL: dict[str, Any] = dict(
-    policy_kwargs=SMALL_POLICY,
     learning_starts=10,
     buffer_size=500,
     batch_size=8,
@@ -50,7 +51,7 @@ class RandomEnv(gym.Env):
         assert self.action_space.contains(action), f"{action} is not in {self.action_space}"
         self.steps += 1
         ended = self.steps == self.episode_length
-        reward = float(-np.square(action).sum())
+        reward = float(-np.square(action / np.maximum(-self.action_space.low, self.action_space.high)).mean())
         return self.observation_space.sample(), reward, ended and self.terminates, ended and not self.terminates, {}
 
 
@@ -58,5 +59,8 @@ def make_model(env: Any = None, **kwargs: Any) -> MFPO:
     """A small MFPO on a small environment; ``policy_kwargs`` are added to the small ones."""
     policy_kwargs = {**SMALL_POLICY, **kwargs.pop("policy_kwargs", {})}
     return MFPO(
-        kwargs.pop("policy", "MlpPolicy"), RandomEnv() if env is None else env, **{**SMALL, **kwargs}, policy_kwargs=policy_kwargs
+        kwargs.pop("policy", "MlpPolicy"),
+        RandomEnv() if env is None else env,
+        **{**SMALL, **kwargs},
+        policy_kwargs=policy_kwargs,
     )

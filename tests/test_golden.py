@@ -342,9 +342,7 @@ def actor_loss(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
     for reduction, loss_name in (("mean", "meanflow/mean_case/loss"), ("min", "meanflow/loss")):
         model = golden_model(n_equal=count_equal(t, r))
         model.critic_reduction = reduction
-        draws = model._draw(meta("batch"))._replace(
-            actor=FlowDraws(t, r, g["snis/noise"]), uniform=g["gprop/uniform01"]
-        )
+        draws = model._draw(meta("batch"))._replace(actor=FlowDraws(t, r, g["snis/noise"]), uniform=g["gprop/uniform01"])
         metrics = model._update_actor(
             g["batch/obs"], g["snis/policy_actions"], g["snis/policy_logp"], draws, g["snis/temperature"]
         )
@@ -484,7 +482,6 @@ SECTIONS: dict[str, Callable[[Outputs, pytest.MonkeyPatch], Outputs]] = {
     "selection": selection,
     "whole update": whole_update,
 }
-
 
 
 @pytest.mark.parametrize("section", SECTIONS)

@@ -45,24 +45,25 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, not {value!r}.")
 
 
-def check_finite(what: str, values: np.ndarray | Mapping[str, np.ndarray], num_timesteps: int) -> None:
+def check_finite(what: str, values: np.ndarray | Mapping[str, np.ndarray], num_timesteps: int, first_env: int = 0) -> None:
     """
     Check numbers that come from an environment.
 
     :param what: What the numbers are, for the message
     :param values: One row per environment, or a dictionary of such arrays
     :param num_timesteps: Environment steps so far, for the message
+    :param first_env: Index of the environment that the first row comes from
     :raises ValueError: If a number is NaN or infinite
     """
     if isinstance(values, Mapping):
         for key, value in values.items():
-            check_finite(f"{what} '{key}'", value, num_timesteps)
+            check_finite(f"{what} '{key}'", value, num_timesteps, first_env)
         return
     finite = np.isfinite(values)
     if not finite.all():
-        env = int(np.argwhere(~finite)[0][0])
+        row = int(np.argwhere(~finite)[0][0])
         raise ValueError(
-            f"Environment {env} returned a non-finite {what} at step {num_timesteps}: {values[env]}. It was not stored and "
+            f"Environment {first_env + row} returned a non-finite {what} at step {num_timesteps}: {values[row]}. It was not stored and "
             "the networks were not updated: saving the model now gives a clean checkpoint. Mend the environment, or find the "
             "cause with `stable_baselines3.common.vec_env.VecCheckNan`."
         )

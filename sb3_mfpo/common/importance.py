@@ -8,6 +8,7 @@ are pure; randomness is an argument. Source: Eq. 19-27 of "Mean Flow Policy Opti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch as th
@@ -22,6 +23,17 @@ def truncated_noise_bounds(noisy_actions: th.Tensor, t: th.Tensor) -> tuple[th.T
     :return: Lower and upper bound, shapes (..., d)
     """
     return (noisy_actions - (1 - t)) / t, (noisy_actions + (1 - t)) / t
+
+
+def normal_cdf(x: th.Tensor) -> th.Tensor:
+    """
+    Standard-normal distribution function, with full relative precision in the lower tail (``torch.special.ndtr`` goes
+    through erf and has none).
+
+    :param x: Any shape
+    :return: Probabilities in [0, 1], of the same shape
+    """
+    return 0.5 * th.erfc(-x / math.sqrt(2))
 
 
 def truncated_normal(uniform: th.Tensor, lower: th.Tensor, upper: th.Tensor) -> th.Tensor:
@@ -39,9 +51,9 @@ def truncated_normal(uniform: th.Tensor, lower: th.Tensor, upper: th.Tensor) -> 
         standard deviations has no mass in double precision; its end is returned.
     """
     u, low, high = uniform.double(), lower.double(), upper.double()
-    below, above = th.special.ndtr(low), th.special.ndtr(-high)
-    p = below + u * (th.special.ndtr(high) - below)
-    q = above + (1 - u) * (th.special.ndtr(-low) - above)
+    below, above = normal_cdf(low), normal_cdf(-high)
+    p = below + u * (normal_cdf(high) - below)
+    q = above + (1 - u) * (normal_cdf(-low) - above)
     quantile = th.special.ndtri(th.minimum(p, q))
     return th.minimum(th.maximum(th.where(p < q, quantile, -quantile), low), high).to(lower.dtype)
 

@@ -154,8 +154,8 @@ class CategoricalCritic(Critic):
 
     atoms: th.Tensor
 
-    def __init__(self, *args: Any, atoms: th.Tensor, **kwargs: Any):
-        super().__init__(*args, output_dim=len(atoms), **kwargs)
+    def __init__(self, *, atoms: th.Tensor, **kwargs: Any):
+        super().__init__(output_dim=len(atoms), **kwargs)
         self.register_buffer("atoms", atoms)
 
     def q_values(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
@@ -189,8 +189,8 @@ class ScalarCritic(Critic):
     :param kwargs: Those of ``Critic`` but ``output_dim``
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, output_dim=1, **kwargs)
+    def __init__(self, **kwargs: Any):
+        super().__init__(output_dim=1, **kwargs)
 
     def q_values(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
         return self.outputs(features, actions).squeeze(-1)

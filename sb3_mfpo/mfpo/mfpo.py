@@ -266,9 +266,8 @@ class MFPO(OffPolicyAlgorithm):
             raise ValueError(f"Every lower bound of the action space must be below the upper bound, not {self.action_space}.")
         if max(abs(low).max(), abs(high).max()) > self.MAX_USUAL_BOUND:
             warnings.warn(
-                f"The action space reaches beyond {self.MAX_USUAL_BOUND:g} ({self.action_space}). The policy explores all of it "
-                "alike: if the bounds are nominal, wrap the environment in `gymnasium.wrappers.RescaleAction` or state tighter "
-                "ones.",
+                f"The action space reaches beyond {self.MAX_USUAL_BOUND:g} ({self.action_space}). The policy explores all "
+                "of it alike: if the bounds are only nominal, give the environment tighter ones.",
                 stacklevel=4,
             )
         if self.n_envs > 1 and self.gradient_steps == 1:
@@ -333,11 +332,11 @@ class MFPO(OffPolicyAlgorithm):
     ) -> None:
         check_finite("observation", new_obs, self.num_timesteps)
         check_finite("reward", reward, self.num_timesteps)
-        for done, info in zip(dones, infos, strict=True):
-            if done and "terminal_observation" in info:
+        for i, info in enumerate(infos):
+            if dones[i] and "terminal_observation" in info:
                 last = info["terminal_observation"]
-                batch = {key: value[None] for key, value in last.items()} if isinstance(last, dict) else last[None]
-                check_finite("terminal observation", batch, self.num_timesteps)
+                batch = {key: np.asarray(value)[None] for key, value in last.items()} if isinstance(last, dict) else last[None]
+                check_finite("terminal observation", batch, self.num_timesteps, first_env=i)
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
@@ -379,7 +378,7 @@ class MFPO(OffPolicyAlgorithm):
             warnings.warn(
                 f"{metrics['clipped_target_mass']:.1%} of the value targets' mass lies outside of [v_min, v_max] = "
                 f"[{self.policy.v_min:g}, {self.policy.v_max:g}] and is clipped (gradient step {self._n_updates}): returns "
-                'beyond are not told apart. Widen them, `policy_kwargs=dict(v_min=..., v_max=...)`, scale the rewards '
+                "beyond are not told apart. Widen them, `policy_kwargs=dict(v_min=..., v_max=...)`, scale the rewards "
                 '(`VecNormalize`), or use `policy_kwargs=dict(critic_type="scalar")`.',
                 stacklevel=2,
             )
@@ -461,9 +460,7 @@ class MFPO(OffPolicyAlgorithm):
         # Running statistics of batch normalisation are copied, as in SAC
         polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
 
-    def _improve_policy(
-        self, observations: PyTorchObs, draws: GradientStepDraws, ent_coef: th.Tensor
-    ) -> dict[str, th.Tensor]:
+    def _improve_policy(self, observations: PyTorchObs, draws: GradientStepDraws, ent_coef: th.Tensor) -> dict[str, th.Tensor]:
         """
         Soft policy improvement: actor, divergence network and temperature, in this order (authors' code).
 
@@ -501,7 +498,9 @@ class MFPO(OffPolicyAlgorithm):
         # Sample: a point on the path from the first action
         noisy_actions = mean_flow.interpolate(actions[:, 0], noise, t)
         # Weight: the Boltzmann policy's velocity there
-        velocity, metrics = self._boltzmann_velocity(observations, actions, log_prob, noisy_actions, t, draws.uniform, ent_coef)
+        velocity, metrics = self._boltzmann_velocity(
+            observations, actions, log_prob, noisy_actions, t, draws.uniform, ent_coef
+        )
         # Target: the MeanFlow identity
         features = self.actor.encode(observations)
         n_equal = self._n_equal(len(t), self.policy.actor_type)
@@ -599,7 +598,7 @@ class MFPO(OffPolicyAlgorithm):
         """
         if self.ent_coef_optimizer is None or self.log_ent_coef is None:
             return {"entropy": entropy}
-        loss = (self.log_ent_coef.exp() * (entropy - self.target_entropy)).mean()
+        loss = (self.log_ent_coef.exp() * (entropy - float(self.target_entropy))).mean()
         self._optimize("ent_coef_loss", loss, self.ent_coef_optimizer)
         return {"entropy": entropy, "ent_coef_loss": loss.detach()}
 
@@ -622,9 +621,9 @@ class MFPO(OffPolicyAlgorithm):
         """
         if not th.isfinite(loss):
             raise ValueError(
-                f"`{name}` is {loss.item()} at gradient step {self._n_updates} (environment step {self.num_timesteps}). The step "
-                "was not taken: saving the model now gives a clean checkpoint. Usual causes: rewards or observations of a huge "
-                "scale (use `VecNormalize`), or a too high learning rate."
+                f"`{name}` is {loss.item()} at gradient step {self._n_updates} (environment step {self.num_timesteps}). The "
+                "step was not taken: saving the model now gives a clean checkpoint. Usual causes: rewards or observations of "
+                "a huge scale (use `VecNormalize`), or a too high learning rate."
             )
         optimizer.zero_grad()
         loss.backward()
@@ -674,8 +673,8 @@ def parse_ent_coef(ent_coef: str | float) -> tuple[float, bool]:
         value = np.nan
     if not 0 < value < np.inf:
         raise ValueError(
-            f'`ent_coef` must be "auto", "auto_<initial value>" such as "auto_0.01", or a positive number, not {ent_coef!r}. (The '
-            "policy improvement divides by it.)"
+            f'`ent_coef` must be "auto", "auto_<initial value>" such as "auto_0.01", or a positive number (the policy '
+            f"improvement divides by it), not {ent_coef!r}."
         )
     return value, learned
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch as th
 from gymnasium import spaces
@@ -104,8 +104,10 @@ class AverageDivergenceNetwork(FlowMLP):
 
 class InstantaneousDivergence(nn.Module):
     """
-    Divergence of the actor's velocity at t in place of its average over [r, t]: the ablation without an ADN. The log-probability
-    is then that of an Euler solve with the sampling steps, and d Jacobian-vector products per step replace one network.
+    Divergence of the actor's velocity at t in place of its average over [r, t]: the ablation without an ADN.
+
+    The log-probability is then that of an Euler solve with the sampling steps, and d Jacobian-vector products per step
+    replace one network.
 
     :param actor: The actor; it stays a submodule of the policy alone
     """
@@ -143,7 +145,8 @@ class MFPOPolicy(BasePolicy):
     :param v_min: Lowest atom, in units of (soft, discounted) return
     :param v_max: Highest atom, in units of (soft, discounted) return
     :param critic_reduction: "min" or "mean" over the critics when candidates are compared; set by the algorithm
-    :param features_extractor_class: Features extractor to use
+    :param features_extractor_class: Features extractor to use; by default one that suits the policy's kind of observations
+        (``FlattenExtractor``, ``NatureCNN``, ``CombinedExtractor``)
     :param features_extractor_kwargs: Keyword arguments to pass to the features extractor
     :param normalize_images: Whether to divide images by 255
     :param optimizer_class: The optimizer to use, ``th.optim.Adam`` by default
@@ -153,6 +156,9 @@ class MFPOPolicy(BasePolicy):
     :raises ValueError: If an argument is out of range; the message names it
     """
 
+    default_features_extractor: ClassVar[type[BaseFeaturesExtractor]] = FlattenExtractor
+
+    action_space: spaces.Box
     actor: MeanFlowActor
     divergence: AverageDivergenceNetwork | InstantaneousDivergence
     critic: Critic
@@ -180,7 +186,7 @@ class MFPOPolicy(BasePolicy):
         v_min: float = -1600.0,
         v_max: float = 1600.0,
         critic_reduction: str = "min",
-        features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
+        features_extractor_class: type[BaseFeaturesExtractor] | None = None,
         features_extractor_kwargs: dict[str, Any] | None = None,
         normalize_images: bool = True,
         optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
@@ -205,7 +211,7 @@ class MFPOPolicy(BasePolicy):
         super().__init__(
             observation_space,
             action_space,
-            features_extractor_class,
+            features_extractor_class or self.default_features_extractor,
             features_extractor_kwargs,
             optimizer_class=optimizer_class,
             optimizer_kwargs=optimizer_kwargs,
@@ -352,7 +358,11 @@ class MFPOPolicy(BasePolicy):
             instantaneous=self.actor_type == "flow_matching",
         )
         return MeanFlowActor(
-            self.observation_space, self.action_space, features_extractor, network, self.normalize_images  # type: ignore[arg-type]
+            self.observation_space,
+            self.action_space,
+            features_extractor,
+            network,
+            self.normalize_images,
         ).to(self.device)
 
     def make_divergence(self, net_arch: Sequence[int]) -> AverageDivergenceNetwork:
@@ -494,28 +504,12 @@ MlpPolicy = MFPOPolicy
 
 
 class CnnPolicy(MFPOPolicy):
-    """
-    Policy class for MFPO on images: ``MFPOPolicy`` with ``NatureCNN`` as features extractor.
+    """``MFPOPolicy`` for images, with ``NatureCNN`` as features extractor."""
 
-    :param args: Those of ``MFPOPolicy``
-    :param features_extractor_class: Features extractor to use
-    :param kwargs: Those of ``MFPOPolicy``
-    """
-
-    def __init__(self, *args: Any, features_extractor_class: type[BaseFeaturesExtractor] = NatureCNN, **kwargs: Any):
-        super().__init__(*args, features_extractor_class=features_extractor_class, **kwargs)
+    default_features_extractor = NatureCNN
 
 
 class MultiInputPolicy(MFPOPolicy):
-    """
-    Policy class for MFPO on Dict observations: ``MFPOPolicy`` with ``CombinedExtractor`` as features extractor.
+    """``MFPOPolicy`` for Dict observations, with ``CombinedExtractor`` as features extractor."""
 
-    :param args: Those of ``MFPOPolicy``
-    :param features_extractor_class: Features extractor to use
-    :param kwargs: Those of ``MFPOPolicy``
-    """
-
-    def __init__(
-        self, *args: Any, features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor, **kwargs: Any
-    ):
-        super().__init__(*args, features_extractor_class=features_extractor_class, **kwargs)
+    default_features_extractor = CombinedExtractor

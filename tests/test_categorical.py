@@ -1,0 +1,87 @@
+"""Categorical value distributions: conservation laws and hand-computed numbers."""
+
+import math
+
+import pytest
+import torch as th
+
+from sb3_mfpo.common import categorical
+
+ATOMS = th.linspace(-10, 10, 21)
+
+
+def random_probs(*shape: int) -> th.Tensor:
+    return th.randn(*shape, 21, generator=th.Generator().manual_seed(0)).softmax(-1)
+
+
+def test_projection_keeps_mass_and_mean_inside_the_support() -> None:
+    probs = random_probs(50)
+    positions = categorical.bellman_atoms(th.linspace(-1, 1, 50).unsqueeze(1), 0.9, th.zeros(50, 1), ATOMS)
+    assert positions.abs().max() <= 10
+    projected = categorical.project(probs, positions, ATOMS)
+    assert th.allclose(projected.sum(-1), th.ones(50), atol=1e-6)
+    assert (projected >= 0).all()
+    assert th.allclose(categorical.expected_value(projected, ATOMS), (probs * positions).sum(-1), atol=1e-5)
+
+
+def test_projection_clips_to_the_ends_and_keeps_mass() -> None:
+    probs = random_probs(4)
+    positions = ATOMS + th.tensor([[100.0], [-100.0], [5.0], [-1e30]])
+    projected = categorical.project(probs, positions, ATOMS)
+    assert th.allclose(projected.sum(-1), th.ones(4), atol=1e-6)
+    assert projected[0, -1] == pytest.approx(1.0, abs=1e-6)
+    assert projected[1, 0] == pytest.approx(1.0, abs=1e-6)
+    assert projected[3, 0] == pytest.approx(1.0, abs=1e-6)
+    # Shifted by 5 atoms: six atoms' mass meets at the top
+    assert projected[2, -1] == pytest.approx(probs[2, -6:].sum().item(), abs=1e-6)
+    assert th.allclose(projected[2, 5:-1], probs[2, :-6], atol=1e-6)
+
+
+def test_projection_splits_linearly_and_keeps_exact_hits() -> None:
+    atoms = th.tensor([0.0, 1.0, 2.0])
+    probs = th.tensor([[0.2, 0.3, 0.5]])
+    assert th.allclose(categorical.project(probs, atoms, atoms), probs)
+    assert th.allclose(
+        categorical.project(probs, th.tensor([0.25, 1.0, 1.5]), atoms), th.tensor([[0.15, 0.05 + 0.3 + 0.25, 0.25]])
+    )
+
+
+def test_clipped_mass_is_what_lies_outside() -> None:
+    atoms = th.tensor([0.0, 1.0, 2.0])
+    probs = th.tensor([[0.2, 0.3, 0.5]])
+    assert categorical.clipped_mass(probs, atoms + 0.5, atoms).item() == pytest.approx(0.5)
+    assert categorical.clipped_mass(probs, atoms - 1.5, atoms).item() == pytest.approx(0.5)
+    assert categorical.clipped_mass(probs, atoms, atoms).item() == 0
+
+
+def test_backup_of_a_terminal_state_is_the_reward() -> None:
+    positions = categorical.bellman_atoms(th.tensor([[3.0]]), th.zeros(1, 1), th.tensor([[7.0]]), ATOMS)
+    assert (positions == 3).all()
+
+
+def test_entropy_bonus_is_discounted_with_the_next_value() -> None:
+    positions = categorical.bellman_atoms(th.tensor([[1.0]]), 0.5, th.tensor([[2.0]]), th.tensor([0.0, 4.0]))
+    assert positions.tolist() == [[2.0, 4.0]]
+
+
+def test_min_takes_whole_distributions_row_by_row() -> None:
+    probs = random_probs(3, 40)
+    means = categorical.expected_value(probs, ATOMS)
+    reduced = categorical.reduce_distributions(probs, ATOMS, "min")
+    assert th.equal(categorical.expected_value(reduced, ATOMS), means.amin(0))
+    for row in range(40):
+        assert th.equal(reduced[row], probs[means[:, row].argmin(), row])
+
+
+def test_mean_takes_the_mixture() -> None:
+    probs = random_probs(2, 5)
+    assert th.allclose(categorical.reduce_distributions(probs, ATOMS, "mean"), (probs[0] + probs[1]) / 2)
+    values = th.tensor([[1.0, 5.0], [3.0, 2.0]])
+    assert categorical.reduce_values(values, "mean").tolist() == [2.0, 3.5]
+    assert categorical.reduce_values(values, "min").tolist() == [1.0, 2.0]
+
+
+def test_cross_entropy_of_a_uniform_prediction() -> None:
+    loss = categorical.cross_entropy(th.zeros(2, 5, 21), random_probs(5))
+    assert loss.shape == (2,)
+    assert loss.tolist() == pytest.approx([math.log(21)] * 2, rel=1e-6)

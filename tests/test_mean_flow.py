@@ -1,0 +1,154 @@
+"""Time pairs, the MeanFlow identity and the sampler against closed forms."""
+
+import math
+
+import pytest
+import torch as th
+from scipy import stats
+
+from sb3_mfpo.common import mean_flow
+
+B, D, S = 64, 3, 2
+FEATURES = th.zeros(B, S)
+
+
+def gaussian_velocity(actions: th.Tensor, t: th.Tensor, mean: float, std: float) -> th.Tensor:
+    """
+    Velocity of the linear path when the actions are N(mean, std^2): a_t is N((1 - t) mean, (1 - t)^2 std^2 + t^2), and
+    E[eps - a_0 | a_t] follows from the joint Gaussian.
+    """
+    variance = (1 - t) ** 2 * std**2 + t**2
+    return -mean + (t - (1 - t) * std**2) / variance * (actions - (1 - t) * mean)
+
+
+def gaussian_average_velocity(actions: th.Tensor, t: th.Tensor, length: th.Tensor, mean: float, std: float) -> th.Tensor:
+    """The flow keeps the standardised position, which gives the average velocity in closed form."""
+    r = t - length
+
+    def scale(time: th.Tensor) -> th.Tensor:
+        return ((1 - time) ** 2 * std**2 + time**2).sqrt()
+
+    start = (1 - r) * mean + scale(r) / scale(t) * (actions - (1 - t) * mean)
+    return (actions - start) / length
+
+
+def gaussian_flow(features, actions, t, length):
+    return gaussian_average_velocity(actions, t, length, mean=0.3, std=0.2)
+
+
+def gaussian_average_divergence(features, actions, t, length):
+    """Divergence of a linear field is d times its slope; its time average is a difference of log scales."""
+    r = t - length
+    log_scale = [0.5 * ((1 - time) ** 2 * 0.2**2 + time**2).log() for time in (t, r)]
+    return (actions.shape[-1] * (log_scale[0] - log_scale[1]) / length).expand(*actions.shape[:-1], 1)
+
+
+def test_times_are_ordered_logit_normal_pairs() -> None:
+    generator = th.Generator().manual_seed(0)
+    normal = th.randn(20_000, 2, generator=generator)
+    t, r = mean_flow.sample_times(normal, mean=-0.4, std=1.0, n_equal=5_000)
+    assert t.shape == r.shape == (20_000, 1)
+    assert (t[:5_000] == r[:5_000]).all()
+    assert (r[5_000:] < t[5_000:]).all()
+    # Undo the logit-normal: larger and smaller of two normals
+    assert th.allclose(th.logit(t), normal.amax(1, keepdim=True) - 0.4, atol=1e-4)
+    assert th.allclose(th.logit(r[5_000:]), normal[5_000:].amin(1, keepdim=True) - 0.4, atol=1e-4)
+
+
+def test_all_rows_may_be_equal() -> None:
+    t, r = mean_flow.sample_times(th.randn(8, 2), 0.0, 1.0, n_equal=8)
+    assert (t == r).all()
+
+
+def test_path_ends_at_action_and_noise() -> None:
+    actions, noise = th.randn(B, D), th.randn(B, D)
+    assert th.equal(mean_flow.interpolate(actions, noise, th.zeros(B, 1)), actions)
+    assert th.equal(mean_flow.interpolate(actions, noise, th.ones(B, 1)), noise)
+
+
+def test_identity_has_the_gaussian_average_velocity_as_fixed_point() -> None:
+    """With the true field as network, the regression target is the network itself."""
+    generator = th.Generator().manual_seed(0)
+    t = 0.05 + 0.9 * th.rand(B, 1, generator=generator, dtype=th.float64)
+    r = t * (0.1 + 0.8 * th.rand(B, 1, generator=generator, dtype=th.float64))
+    actions = th.randn(B, D, generator=generator, dtype=th.float64)
+    velocity = gaussian_velocity(actions, t, mean=0.3, std=0.2)
+    target = mean_flow.mean_flow_target(gaussian_flow, FEATURES, actions, t, r, velocity, velocity)
+    assert th.allclose(target, gaussian_flow(FEATURES, actions, t, t - r), atol=1e-9)
+
+
+def test_identity_has_the_gaussian_average_divergence_as_fixed_point() -> None:
+    generator = th.Generator().manual_seed(0)
+    t = 0.05 + 0.9 * th.rand(B, 1, generator=generator, dtype=th.float64)
+    r = t * (0.1 + 0.8 * th.rand(B, 1, generator=generator, dtype=th.float64))
+    actions = th.randn(B, D, generator=generator, dtype=th.float64)
+    velocity = gaussian_velocity(actions, t, mean=0.3, std=0.2)
+    slope = (t - (1 - t) * 0.2**2) / ((1 - t) ** 2 * 0.2**2 + t**2)
+    target = mean_flow.mean_flow_target(gaussian_average_divergence, FEATURES, actions, t, r, velocity, D * slope)
+    assert th.allclose(target, gaussian_average_divergence(FEATURES, actions, t, t - r), atol=1e-9)
+
+
+def test_skipping_equal_rows_changes_nothing() -> None:
+    normal = th.randn(B, 2, generator=th.Generator().manual_seed(1))
+    t, r = mean_flow.sample_times(normal, -0.4, 1.0, n_equal=B // 2)
+    velocity, actions = th.randn(B, D), th.randn(B, D)
+
+    def network(features, actions, t, length):
+        return th.sin(actions) * t + length * actions
+
+    full = mean_flow.mean_flow_target(network, FEATURES, actions, t, r, velocity, velocity)
+    for n_equal in (1, B // 2):
+        assert th.equal(mean_flow.mean_flow_target(network, FEATURES, actions, t, r, velocity, velocity, n_equal), full)
+    assert mean_flow.mean_flow_target(network, FEATURES, actions, t, t, velocity, velocity, B) is velocity
+
+
+def test_target_carries_no_gradient() -> None:
+    weight = th.ones(1, requires_grad=True)
+    t, r = th.full((B, 1), 0.7), th.full((B, 1), 0.2)
+    target = mean_flow.mean_flow_target(
+        lambda features, actions, t, length: weight * actions * t,
+        FEATURES,
+        th.randn(B, D),
+        t,
+        r,
+        th.randn(B, D),
+        th.ones(B, D),
+    )
+    assert not target.requires_grad
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_few_steps_of_the_true_average_velocity_are_exact(steps: int) -> None:
+    """Any number of steps carries N(0, I) to N(0.3, 0.2^2), with the right log-density."""
+    noise = th.randn(5_000, D, generator=th.Generator().manual_seed(0), dtype=th.float64)
+    times = th.linspace(1, 0, steps + 1, dtype=th.float64)
+    actions, log_prob = mean_flow.few_step_sample(
+        gaussian_flow, FEATURES[:1], noise, times, average_divergence=gaussian_average_divergence
+    )
+    assert th.allclose(actions, 0.3 + 0.2 * noise, atol=1e-9)
+    expected = th.as_tensor(stats.norm(0.3, 0.2).logpdf(actions.numpy())).sum(-1)
+    assert th.allclose(log_prob, expected, atol=1e-9)
+
+
+def test_without_divergence_the_density_is_that_of_the_noise() -> None:
+    noise = th.randn(B, D)
+    _, log_prob = mean_flow.few_step_sample(gaussian_flow, FEATURES, noise, th.linspace(1, 0, 3))
+    assert th.allclose(log_prob, th.distributions.Normal(0.0, 1.0).log_prob(noise).sum(-1), atol=1e-5)
+    assert math.isclose(
+        mean_flow.standard_normal_log_prob(th.zeros(1, 2)).item(),
+        stats.multivariate_normal([0, 0]).logpdf([0, 0]),
+        rel_tol=1e-6,
+    )
+
+
+def test_state_features_broadcast_over_samples() -> None:
+    """Features (B, 1, S) serve K noises each."""
+    features, noise = th.randn(4, 1, S), th.randn(4, 5, D)
+
+    def network(features, actions, t, length):
+        return actions * features.sum(-1, keepdim=True) + t
+
+    actions, log_prob = mean_flow.few_step_sample(network, features, noise, th.linspace(1, 0, 3))
+    one_by_one = [mean_flow.few_step_sample(network, features[:, 0], noise[:, k], th.linspace(1, 0, 3))[0] for k in range(5)]
+    assert th.allclose(actions, th.stack(one_by_one, dim=1), atol=1e-6)
+    assert log_prob.shape == (4, 5)

@@ -1,0 +1,776 @@
+"""What SB3 users rely on, for MFPO."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3 import SAC, HerReplayBuffer
+from stable_baselines3.common.callbacks import (
+    CallbackList,
+    CheckpointCallback,
+    EvalCallback,
+    StopTrainingOnMaxEpisodes,
+    StopTrainingOnRewardThreshold,
+)
+from stable_baselines3.common.envs import BitFlippingEnv, FakeImageEnv
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.noise import NormalActionNoise
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecNormalize
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from sb3_mfpo import MFPO
+from sb3_mfpo.common.mean_flow import few_step_sample
+from sb3_mfpo.mfpo.policies import MFPOPolicy
+from tests.helpers import SMALL_POLICY, RandomEnv, make_model
+
+DEVICES = ["cpu", *(["cuda"] if th.cuda.is_available() else [])]
+OPTIMIZERS = ("actor.optimizer", "critic.optimizer", "divergence.optimizer", "ent_coef_optimizer")
+METRICS = {
+    "actor_loss",
+    "critic_loss",
+    "divergence_loss",
+    "ent_coef",
+    "ent_coef_loss",
+    "entropy",
+    "q_value",
+    "ess_policy",
+    "ess_gaussian",
+    "policy_proposal_weight",
+    "clipped_target_mass",
+    "updates_per_step",
+    "n_updates",
+    "learning_rate",
+}
+
+
+def state_of(model: MFPO) -> dict[str, Any]:
+    return {name: copy.deepcopy(value) for name, value in model.get_parameters().items()}
+
+
+def assert_equal(first: Any, second: Any) -> None:
+    """Nested dictionaries and lists of tensors, bit for bit."""
+    assert type(first) is type(second)
+    if isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first:
+            assert_equal(first[key], second[key])
+    elif isinstance(first, (list, tuple)):
+        assert len(first) == len(second)
+        for one, other in zip(first, second, strict=True):
+            assert_equal(one, other)
+    elif isinstance(first, th.Tensor):
+        assert th.equal(first, second)
+    else:
+        assert first == second
+
+
+def observations_for(model: MFPO, n: int = 6) -> np.ndarray:
+    model.observation_space.seed(0)
+    return np.stack([model.observation_space.sample() for _ in range(n)])
+
+
+def record_arguments(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[tuple[Any, ...]]:
+    """Keep the positional arguments that a method is called with; it still runs."""
+    arguments: list[tuple[Any, ...]] = []
+    function = getattr(owner, name)
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        arguments.append(args)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, recorded)
+    return arguments
+
+
+# Constructor
+
+
+def test_arguments_are_those_of_sac_in_the_same_order() -> None:
+    sac = inspect.signature(SAC.__init__).parameters
+    ours = inspect.signature(MFPO.__init__).parameters
+    assert list(ours)[: len(sac)] == list(sac)
+    different = {name for name in sac if sac[name].default != ours[name].default}
+    assert different == {"ent_coef"}
+
+
+def test_paper_defaults() -> None:
+    model = MFPO("MlpPolicy", RandomEnv(), buffer_size=10, device="cpu")
+    assert model.target_entropy == -0.5 * 2
+    assert model._temperature().item() == pytest.approx(0.01)
+    assert (model.n_policy_samples, model.n_gaussian_samples, model.n_probes) == (16, 32, 2)
+    assert (model.equal_time_share, model.time_mean, model.time_std) == (0.75, -0.4, 1.0)
+    assert (model.critic_reduction, model.policy_delay, model.target_update_interval) == ("min", 1, 1)
+    policy = model.policy
+    assert (policy.sampling_steps, policy.n_action_candidates, len(policy.critic.q_networks)) == (2, 10, 2)
+    assert th.equal(policy.critic.atoms, th.linspace(-1600, 1600, 101))
+    assert policy.net_arch == [256, 256, 256]
+    # [action, state, time] and [state, action], three hidden layers
+    assert policy.actor.network.mlp.input_layer.weight.shape == (256, 2 + 3 + 64)
+    assert [m.out_features for m in policy.critic.q_networks[0].body if isinstance(m, nn.Linear)] == [256, 256, 101]
+
+
+# Saving and loading
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("ent_coef", ["auto_0.01", 0.2])
+def test_save_and_load(tmp_path: Path, device: str, ent_coef: str | float) -> None:
+    model = make_model(ent_coef=ent_coef, seed=0).learn(40)
+    model.save(tmp_path / "model")
+    loaded = MFPO.load(tmp_path / "model", device=device)
+    assert loaded.device.type == device
+    observations = observations_for(model)
+    if device == "cpu":
+        assert_equal(state_of(model), state_of(loaded))
+        for deterministic in (True, False):
+            th.manual_seed(0)
+            expected, _ = model.predict(observations, deterministic=deterministic)
+            th.manual_seed(0)
+            assert np.array_equal(loaded.predict(observations, deterministic=deterministic)[0], expected)
+    else:
+        action, _ = loaded.predict(observations, deterministic=True)
+        assert np.isfinite(action).all()
+    assert loaded._temperature().item() == model._temperature().item()
+    assert loaded.target_entropy == model.target_entropy
+    # Training goes on where it was
+    loaded.set_env(RandomEnv())
+    loaded.learn(20, reset_num_timesteps=False)
+    assert (loaded.num_timesteps, loaded._n_updates) == (60, model._n_updates + 20)
+
+
+def test_parameters_hold_every_optimizer_and_the_temperature() -> None:
+    parameters = make_model().learn(20).get_parameters()
+    assert set(parameters) == {"policy", *OPTIMIZERS}
+    for name in OPTIMIZERS:
+        assert parameters[name]["state"], f"{name} has no state"
+    _, variables = make_model()._get_torch_save_params()
+    assert variables == ["log_ent_coef"]
+    _, variables = make_model(ent_coef=0.1)._get_torch_save_params()
+    assert variables == ["ent_coef_tensor"]
+
+
+def test_load_with_env_continues(tmp_path: Path) -> None:
+    model = make_model(seed=0).learn(30)
+    model.save(tmp_path / "model")
+    loaded = MFPO.load(tmp_path / "model", env=RandomEnv())
+    loaded.learn(20)
+    assert loaded.num_timesteps == 20
+    with pytest.raises(ValueError, match="Observation spaces do not match"):
+        MFPO.load(tmp_path / "model", env=RandomEnv(spaces.Box(-1, 1, (5,), np.float32)))
+
+
+def test_set_parameters_copies_everything_but_the_buffer(tmp_path: Path) -> None:
+    model, other = make_model(seed=0).learn(30), make_model(seed=1).learn(30)
+    observations = observations_for(model)
+    assert not np.array_equal(model.predict(observations, True)[0], other.predict(observations, deterministic=True)[0])
+    other.set_parameters(model.get_parameters())
+    assert_equal(state_of(model), state_of(other))
+    expected, _ = model.predict(observations, deterministic=True)
+    assert np.array_equal(other.predict(observations, deterministic=True)[0], expected)
+    with pytest.raises(ValueError, match="do not match"):
+        other.set_parameters({"policy": model.get_parameters()["policy"]}, exact_match=True)
+
+
+def test_policy_save_and_load(tmp_path: Path) -> None:
+    model = make_model(critic_reduction="mean", policy_kwargs=dict(layer_norm=False, activation_fn=nn.Tanh)).learn(20)
+    model.policy.sampling_steps = 3
+    model.policy.save(tmp_path / "policy")
+    policy = MFPOPolicy.load(tmp_path / "policy", device="cpu")
+    observations = observations_for(model)
+    expected, _ = model.predict(observations, deterministic=True)
+    assert np.array_equal(policy.predict(observations, deterministic=True)[0], expected)
+    assert policy.critic_reduction == "mean"
+    assert_equal(policy._get_constructor_parameters().keys(), model.policy._get_constructor_parameters().keys())
+
+
+class SmallExtractor(BaseFeaturesExtractor):
+    """Features extractor with layers that behave differently in training."""
+
+    def __init__(self, observation_space: spaces.Box, features_dim: int = 5):
+        super().__init__(observation_space, features_dim)
+        self.layers = nn.Sequential(
+            nn.Linear(observation_space.shape[0], features_dim), nn.BatchNorm1d(features_dim), nn.Dropout(0.5)
+        )
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return self.layers(observations)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_custom_policy_kwargs_survive_saving(tmp_path: Path, share: bool) -> None:
+    policy_kwargs = dict(
+        net_arch=dict(pi=[10, 9], qf=[8]),
+        activation_fn=nn.SiLU,
+        layer_norm=False,
+        time_fourier_dim=4,
+        time_embedding_dim=3,
+        sampling_steps=3,
+        n_action_candidates=4,
+        n_critics=3,
+        n_atoms=5,
+        v_min=-300.0,
+        v_max=400.0,
+        features_extractor_class=SmallExtractor,
+        features_extractor_kwargs=dict(features_dim=6),
+        share_features_extractor=share,
+        optimizer_class=th.optim.AdamW,
+        optimizer_kwargs=dict(weight_decay=0.1),
+    )
+    model = make_model(policy_kwargs=policy_kwargs).learn(30)
+    model.save(tmp_path / "model")
+    loaded = MFPO.load(tmp_path / "model", device="cpu")
+    policy = loaded.policy
+    assert (policy.sampling_steps, policy.n_action_candidates, len(policy.critic.q_networks)) == (3, 4, 3)
+    assert policy.critic.atoms.tolist() == pytest.approx([-300.0, -125.0, 50.0, 225.0, 400.0])
+    assert policy.actor.network.mlp.input_layer.weight.shape == (10, 2 + 6 + 3)
+    assert isinstance(policy.divergence.optimizer, th.optim.AdamW)
+    assert (policy.critic.features_extractor is policy.actor.features_extractor) == share
+    assert policy.critic_target.features_extractor is not policy.actor.features_extractor
+    observations = observations_for(model)
+    expected, _ = model.predict(observations, deterministic=True)
+    assert np.array_equal(loaded.predict(observations, deterministic=True)[0], expected)
+
+
+def test_changed_sampling_survives_saving(tmp_path: Path) -> None:
+    model = make_model().learn(20)
+    observations = observations_for(model)
+    model.policy.sampling_steps, model.policy.n_action_candidates = 4, 17
+    expected, _ = model.predict(observations, deterministic=True)
+    model.save(tmp_path / "model")
+    loaded = MFPO.load(tmp_path / "model")
+    assert (loaded.policy.sampling_steps, loaded.policy.n_action_candidates) == (4, 17)
+    assert np.array_equal(loaded.predict(observations, deterministic=True)[0], expected)
+
+
+def test_deepcopy_and_pickle() -> None:
+    model = make_model(seed=0).learn(20)
+    observations = observations_for(model)
+    expected, _ = model.predict(observations, deterministic=True)
+    for policy in (copy.deepcopy(model.policy), pickle.loads(pickle.dumps(model.policy))):
+        assert np.array_equal(policy.predict(observations, deterministic=True)[0], expected)
+    twin = copy.deepcopy(model)
+    for one in (model, twin):
+        np.random.seed(0)
+        th.manual_seed(0)
+        one.train(2, batch_size=8)
+    assert_equal(state_of(model), state_of(twin))
+
+
+def test_replay_buffer_is_saved_apart(tmp_path: Path) -> None:
+    model = make_model().learn(30)
+    model.save_replay_buffer(tmp_path / "buffer")
+    other = make_model()
+    other.load_replay_buffer(tmp_path / "buffer")
+    assert other.replay_buffer.size() == 30
+    assert np.array_equal(other.replay_buffer.rewards, model.replay_buffer.rewards)
+
+
+# Acting
+
+
+@pytest.mark.parametrize("candidates", [1, 10])
+def test_deterministic_action_is_a_function_of_weights_and_observation(tmp_path: Path, candidates: int) -> None:
+    model = make_model(policy_kwargs=dict(n_action_candidates=candidates), seed=0).learn(60)
+    observations = observations_for(model, n=33)
+    expected = [model.predict(observation, deterministic=True)[0] for observation in observations]
+    assert expected[0].shape == (2,)
+    assert len({action.tobytes() for action in expected}) > 1
+    order = np.random.default_rng(0).permutation(33)
+    model.save(tmp_path / "model")
+    loaded = MFPO.load(tmp_path / "model", device="cpu")
+    for seed in range(3):
+        th.manual_seed(seed)
+        np.random.seed(seed)
+        assert np.array_equal(model.predict(observations, deterministic=True)[0], expected)
+        assert np.array_equal(model.predict(observations[order], deterministic=True)[0], np.stack(expected)[order])
+        assert np.array_equal(model.predict(observations[3:5], deterministic=True)[0], expected[3:5])
+        assert np.array_equal(model.predict(observations[7], deterministic=True)[0], expected[7])
+        assert np.array_equal(loaded.predict(observations, deterministic=True)[0], expected)
+
+
+def test_deterministic_prediction_draws_no_random_numbers() -> None:
+    model = make_model()
+    state = th.get_rng_state()
+    model.predict(observations_for(model), deterministic=True)
+    assert th.equal(th.get_rng_state(), state)
+
+
+def test_deterministic_action_is_the_best_candidate() -> None:
+    """No candidate has a higher value by the target critics, and more candidates cannot be worse."""
+    model = make_model(seed=0).learn(60)
+    policy = model.policy
+    observation = th.as_tensor(observations_for(model, 1))
+
+    def value(action: th.Tensor) -> float:
+        return th.cat(policy.critic_target(observation, action[None]), dim=1).min().item()
+
+    with th.no_grad():
+        action = policy._predict(observation, deterministic=True)[0]
+        candidates, _ = policy.sample(policy.actor.encode(observation), policy.candidate_noise)
+        assert len(candidates) == 10
+        assert value(action) == pytest.approx(max(value(candidate) for candidate in candidates), abs=1e-5)
+
+
+def test_stochastic_actions_follow_the_seed() -> None:
+    model = make_model()
+    observations = observations_for(model)
+    actions = []
+    for seed in (0, 0, 1):
+        th.manual_seed(seed)
+        actions.append(model.predict(observations, deterministic=False)[0])
+    assert np.array_equal(actions[0], actions[1])
+    assert not np.array_equal(actions[0], actions[2])
+    assert not np.array_equal(*(model.predict(observations)[0] for _ in range(2)))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_sampling_steps_can_be_changed_without_retraining(steps: int) -> None:
+    model = make_model().learn(20)
+    model.policy.sampling_steps = steps
+    model.policy.n_action_candidates = steps + 2
+    assert model.policy.sampling_steps == steps
+    calls = []
+    handle = model.actor.register_forward_hook(lambda *args: calls.append(None))
+    for deterministic in (False, True):
+        calls.clear()
+        action, _ = model.predict(observations_for(model, 1), deterministic=deterministic)
+        assert len(calls) == steps
+        assert model.action_space.contains(action[0])
+    handle.remove()
+    model.learn(10, reset_num_timesteps=False)
+
+
+def test_candidate_noise_is_well_spread() -> None:
+    """The same on every call, every coordinate with the mean and nearly the variance of a standard normal."""
+    model = make_model()
+    model.policy.n_action_candidates = 64
+    noise = model.policy.candidate_noise
+    assert noise.shape == (64, 2)
+    assert th.allclose(noise.mean(0), th.zeros(2), atol=1e-6)
+    assert th.allclose(noise.var(0), th.ones(2), atol=0.1)
+    assert th.equal(make_model(policy_kwargs=dict(n_action_candidates=64), seed=5).policy.candidate_noise, noise)
+
+
+def test_log_probabilities_are_public() -> None:
+    model = make_model()
+    obs, _ = model.policy.obs_to_tensor(observations_for(model, 5))
+    noise = th.randn(5, 2)
+    actions, log_prob = model.policy.action_log_prob(obs)
+    assert actions.shape == (5, 2) and log_prob.shape == (5,)
+    assert actions.abs().max() <= 1
+    first, second = model.policy.action_log_prob(obs, noise), model.policy.action_log_prob(obs, noise)
+    assert th.equal(first[0], second[0]) and th.equal(first[1], second[1])
+
+
+def test_log_probability_integrates_to_one_with_exact_divergence() -> None:
+    """
+    A fine solve with the exact divergence is a normalised density: E_pi[q / pi] = 1 for any density q, here N(0, 0.5^2)
+    on the actions before the clip.
+    """
+    model = make_model(policy_kwargs=dict(divergence_type="exact", actor_type="flow_matching", sampling_steps=50), seed=0)
+    policy = model.policy
+    n = 20_000
+    noise = th.randn(n, 2, generator=th.Generator().manual_seed(0))
+    features = policy.actor.encode(th.zeros(1, 3))
+    with th.no_grad():
+        actions, log_prob = few_step_sample(policy.actor, features, noise, policy.sampling_times, policy.divergence)
+    reference = th.distributions.Normal(0.0, 0.5).log_prob(actions).sum(-1)
+    ratio = (reference - log_prob).exp()
+    assert abs(ratio.mean().item() - 1) < 4 * (ratio.std() / n**0.5).item() + 0.01
+
+
+@pytest.mark.parametrize(
+    "low, high", [([-1.0], [1.0]), ([-2.0], [0.5]), ([-1.0, 0.0, -3.0], [1.0, 5.0, -1.0]), ([0.0, 10.0], [1e-3, 90.0])]
+)
+def test_one_dimensional_and_asymmetric_actions(low: list[float], high: list[float]) -> None:
+    action_space = spaces.Box(np.array(low, np.float32), np.array(high, np.float32))
+    model = make_model(RandomEnv(action_space=action_space)).learn(40)  # the environment checks every action
+    for deterministic in (True, False):
+        action, _ = model.predict(model.observation_space.sample(), deterministic=deterministic)
+        assert action_space.contains(action)
+
+
+def test_matrix_shaped_actions() -> None:
+    model = make_model(RandomEnv(action_space=spaces.Box(-2, 2, (2, 3), np.float32))).learn(30)
+    assert model.predict(model.observation_space.sample(), deterministic=True)[0].shape == (2, 3)
+
+
+# Training
+
+
+def train_twice(**kwargs: Any) -> tuple[MFPO, MFPO]:
+    models = []
+    for _ in range(2):
+        env = RandomEnv()
+        models.append(make_model(env, seed=3, **kwargs).learn(50))
+    return models[0], models[1]
+
+
+def test_same_seed_same_training() -> None:
+    first, second = train_twice()
+    assert_equal(state_of(first), state_of(second))
+    assert np.array_equal(first.replay_buffer.actions, second.replay_buffer.actions)
+    assert not th.equal(
+        make_model(seed=4).policy.actor.network.mlp.input_layer.weight,
+        make_model(seed=5).policy.actor.network.mlp.input_layer.weight,
+    )
+
+
+@pytest.mark.parametrize("vec_env_class", [DummyVecEnv, SubprocVecEnv])
+def test_several_environments(vec_env_class: type) -> None:
+    env = vec_env_class([RandomEnv for _ in range(3)])
+    model = make_model(env, gradient_steps=-1).learn(60)
+    # learning_starts = 10: the first three rounds of 3 steps come without updates
+    assert model.num_timesteps == 60
+    assert model._n_updates == 60 - 9
+    env.close()
+
+
+@pytest.mark.parametrize(
+    "train_freq, gradient_steps, updates",
+    [(1, 1, 30), (5, 2, 12), ((2, "episode"), 3, 9), ((1, "episode"), -1, 35), (4, 0, 0)],
+)
+def test_train_frequency(train_freq: Any, gradient_steps: int, updates: int) -> None:
+    """Episodes have 7 steps."""
+    model = make_model(train_freq=train_freq, gradient_steps=gradient_steps).learn(40)
+    assert model._n_updates == updates
+
+
+def test_policy_delay_and_target_update_interval() -> None:
+    model = make_model(policy_delay=3, target_update_interval=4, learning_starts=10)
+    model.learn(10)
+    batch = model.replay_buffer.sample(8)
+
+    def snapshot() -> list[th.Tensor]:
+        return [
+            next(module.parameters()).detach().clone()
+            for module in (model.critic, model.actor, model.divergence, model.critic_target)
+        ] + [model.log_ent_coef.detach().clone()]
+
+    for update in range(1, 13):
+        before = snapshot()
+        model._gradient_step(batch, model._draw(8))
+        critic, actor, divergence, target, temperature = (
+            not th.equal(old, new) for old, new in zip(before, snapshot(), strict=True)
+        )
+        assert critic
+        assert actor == divergence == temperature == (update % 3 == 0)
+        assert target == (update % 4 == 0)
+
+
+def test_polyak_average() -> None:
+    model = make_model(tau=0.1)
+    model.learn(10)
+    old = [parameter.clone() for parameter in model.critic_target.parameters()]
+    model._gradient_step(model.replay_buffer.sample(8), model._draw(8))
+    for before, after, online in zip(old, model.critic_target.parameters(), model.critic.parameters(), strict=True):
+        assert th.allclose(after, 0.9 * before + 0.1 * online, atol=1e-6)
+
+
+@pytest.mark.parametrize("terminates", [True, False])
+def test_termination_ends_the_return_and_truncation_does_not(monkeypatch: pytest.MonkeyPatch, terminates: bool) -> None:
+    model = make_model(RandomEnv(episode_length=1, terminates=terminates))
+    calls = record_arguments(monkeypatch, model.policy.critic_target, "bellman_target")
+    model.learn(20)
+    discounts = th.cat([args[3] for args in calls])
+    assert (discounts == (0.0 if terminates else model.gamma)).all()
+
+
+def test_n_step_returns_use_their_own_discounts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(RandomEnv(episode_length=7, terminates=True), n_steps=3, gamma=0.9)
+    calls = record_arguments(monkeypatch, model.policy.critic_target, "bellman_target")
+    model.learn(80)
+    discounts = th.cat([args[3] for args in calls])
+    assert th.isclose(discounts, th.tensor(0.9**3), atol=1e-6).any()
+    assert (discounts == 0).any()
+    # Nothing but three full steps, or the end of an episode (or of the buffer, where fewer steps are summed)
+    allowed = th.tensor([0.0, 0.9, 0.9**2, 0.9**3])
+    assert th.isclose(discounts, allowed, atol=1e-6).any(dim=1).all()
+
+
+def test_hindsight_experience_replay() -> None:
+    model = make_model(
+        BitFlippingEnv(n_bits=3, continuous=True, max_steps=3),
+        policy="MultiInputPolicy",
+        replay_buffer_class=HerReplayBuffer,
+        replay_buffer_kwargs=dict(n_sampled_goal=2, goal_selection_strategy="future"),
+    ).learn(40)
+    assert model._n_updates == 30
+    assert isinstance(model.replay_buffer, HerReplayBuffer)
+
+
+def test_memory_efficient_buffer() -> None:
+    model = make_model(optimize_memory_usage=True, replay_buffer_kwargs=dict(handle_timeout_termination=False)).learn(40)
+    assert not hasattr(model.replay_buffer, "next_observations")
+    assert model._n_updates == 30
+
+
+def test_action_noise_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = NormalActionNoise(np.full(2, 10.0), np.full(2, 0.01))
+    model = make_model(action_noise=noise, learning_starts=0).learn(5)
+    # A push of 10 carries every action to the upper bound
+    assert (model.replay_buffer.actions[:5] == 1).all()
+
+
+def test_vec_normalize(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = VecNormalize(DummyVecEnv([lambda: RandomEnv(spaces.Box(50, 100, (3,), np.float32))]))
+    model = make_model(env)
+    seen = record_arguments(monkeypatch, model.policy.critic, "encode")
+    model.learn(40)
+    # The buffer holds raw observations, the networks see normalised ones
+    assert model.replay_buffer.observations[:40].min() >= 50
+    assert max(args[0].abs().max() for args in seen) <= env.clip_obs
+
+
+def test_stacked_frames_and_images() -> None:
+    env = VecFrameStack(
+        DummyVecEnv([lambda: FakeImageEnv(screen_height=36, screen_width=36, n_channels=1, discrete=False)]), n_stack=2
+    )
+    model = make_model(
+        env, policy="CnnPolicy", buffer_size=50, policy_kwargs=dict(features_extractor_kwargs=dict(features_dim=8))
+    )
+    before = [p.clone() for p in model.actor.features_extractor.parameters()]
+    model.learn(14)
+    # The actor's loss trains its extractor
+    assert all(not th.equal(old, new) for old, new in zip(before, model.actor.features_extractor.parameters(), strict=True))
+    observation = env.reset()
+    assert model.predict(observation, deterministic=True)[0].shape == (1, 5)
+
+
+def test_shared_extractor_learns_from_the_actor_alone() -> None:
+    model = make_model(policy_kwargs=dict(features_extractor_class=SmallExtractor, share_features_extractor=True)).learn(12)
+    shared = {id(p) for p in model.actor.features_extractor.parameters()}
+    of_critic = {id(p) for group in model.critic.optimizer.param_groups for p in group["params"]}
+    of_actor = {id(p) for group in model.actor.optimizer.param_groups for p in group["params"]}
+    assert shared <= of_actor
+    assert not shared & of_critic
+
+
+def test_dict_observations() -> None:
+    space = spaces.Dict(
+        image=spaces.Box(0, 255, (1, 36, 36), np.uint8), vector=spaces.Box(-1, 1, (3,), np.float64), kind=spaces.Discrete(4)
+    )
+    model = make_model(RandomEnv(space), policy="MultiInputPolicy", buffer_size=50).learn(16)
+    assert model._n_updates == 6
+    observation = space.sample()
+    expected, _ = model.predict(observation, deterministic=True)
+    batch = {key: np.stack([value] * 3) for key, value in observation.items()}
+    assert np.array_equal(model.predict(batch, deterministic=True)[0], np.stack([expected] * 3))
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        spaces.Box(-1, 1, (4,), np.float64),
+        spaces.Box(0, 255, (4,), np.uint8),
+        spaces.Box(-1, 1, (2, 3), np.float32),
+        spaces.Discrete(5),
+    ],
+    ids=["float64", "uint8", "matrix", "discrete"],
+)
+def test_observation_types(space: spaces.Space) -> None:
+    model = make_model(RandomEnv(space)).learn(30)
+    assert model._n_updates == 20
+    assert model.predict(space.sample(), deterministic=True)[0].dtype == np.float32
+
+
+def test_learning_rate_schedule_reaches_every_optimizer() -> None:
+    model = make_model(learning_rate=lambda progress: 1e-3 * progress + 1e-5).learn(40)
+    optimizers = [model.actor.optimizer, model.critic.optimizer, model.divergence.optimizer, model.ent_coef_optimizer]
+    rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+    assert rates == pytest.approx([1e-5] * 4)
+    assert len(model._optimizers()) == 4
+
+
+def test_learn_twice_continues() -> None:
+    model = make_model().learn(30)
+    model.learn(25, reset_num_timesteps=False)
+    assert (model.num_timesteps, model._n_updates) == (55, 45)
+    model.learn(20)
+    assert model.num_timesteps == 20
+
+
+def test_training_and_evaluation_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(policy_kwargs=dict(features_extractor_class=SmallExtractor))
+    modes = []
+    monkeypatch.setattr(
+        model.critic.features_extractor, "forward", lambda x: modes.append(model.critic.training) or x.new_zeros(len(x), 5)
+    )
+    model.learn(11)
+    assert modes and all(modes)
+    monkeypatch.undo()
+    model.learn(30)
+    statistics = model.actor.features_extractor.layers[1].running_mean.clone()
+    observation = model.observation_space.sample()
+    actions = [model.predict(observation, deterministic=True)[0] for _ in range(5)]
+    assert not model.actor.training
+    assert all(np.array_equal(action, actions[0]) for action in actions)  # dropout is off
+    assert th.equal(model.actor.features_extractor.layers[1].running_mean, statistics)
+    # The target's statistics are copies of the critic's, and the target never trains
+    assert not model.critic_target.training
+    model._update_target()
+    target, online = (critic.features_extractor.layers[1] for critic in (model.critic_target, model.critic))
+    assert th.equal(target.running_mean, online.running_mean)
+    assert not th.equal(online.running_mean, th.zeros(5))
+
+
+# Callbacks, logging, evaluation
+
+
+def test_callbacks(tmp_path: Path) -> None:
+    evaluation = EvalCallback(
+        Monitor(RandomEnv()),
+        eval_freq=20,
+        n_eval_episodes=2,
+        best_model_save_path=str(tmp_path),
+        log_path=str(tmp_path),
+        verbose=0,
+    )
+    checkpoints = CheckpointCallback(save_freq=20, save_path=str(tmp_path), save_replay_buffer=True)
+    make_model().learn(40, callback=CallbackList([evaluation, checkpoints]))
+    for name in ("best_model.zip", "evaluations.npz", "rl_model_20_steps.zip", "rl_model_replay_buffer_40_steps.pkl"):
+        assert (tmp_path / name).exists()
+    MFPO.load(tmp_path / "best_model").predict(np.zeros(3, np.float32), deterministic=True)
+
+
+def test_training_stops_early() -> None:
+    model = make_model().learn(1000, callback=StopTrainingOnMaxEpisodes(3))
+    assert model.num_timesteps == 21
+    stop = EvalCallback(
+        Monitor(RandomEnv()), eval_freq=10, callback_on_new_best=StopTrainingOnRewardThreshold(-1e9), verbose=0, warn=False
+    )
+    assert make_model().learn(1000, callback=stop).num_timesteps == 10
+
+
+def test_progress_bar() -> None:
+    make_model().learn(20, progress_bar=True)
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    make_model(tensorboard_log=str(tmp_path)).learn(40, log_interval=1)
+    events = EventAccumulator(str(tmp_path / "MFPO_1")).Reload()
+    logged = {tag.removeprefix("train/") for tag in events.Tags()["scalars"] if tag.startswith("train/")}
+    assert logged == METRICS - {"n_updates"}
+
+
+@pytest.mark.parametrize("n_envs, gradient_steps, expected", [(1, 1, 1.0), (3, -1, 1.0), (3, 6, 2.0), (1, 2, 2.0)])
+def test_logged_quantities(n_envs: int, gradient_steps: int, expected: float) -> None:
+    model = make_model(DummyVecEnv([RandomEnv] * n_envs), gradient_steps=gradient_steps)
+    model.set_logger(configure(None, []))
+    model.learn(30, log_interval=None)
+    logged = {name.removeprefix("train/"): value for name, value in model.logger.name_to_value.items() if "train/" in name}
+    assert set(logged) == METRICS
+    assert all(np.isfinite(value) for value in logged.values())
+    assert logged["updates_per_step"] == expected
+    assert 1 <= logged["ess_policy"] <= 3
+    assert 1 <= logged["ess_gaussian"] <= 4
+    assert 0 <= logged["policy_proposal_weight"] <= 1
+    assert 0 <= logged["clipped_target_mass"] <= 1
+
+
+def test_evaluate_policy() -> None:
+    returns, lengths = evaluate_policy(make_model(), Monitor(RandomEnv()), n_eval_episodes=3, return_episode_rewards=True)
+    assert lengths == [7, 7, 7]
+    assert np.isfinite(returns).all()
+
+
+# The paper's ablations, by arguments alone
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        dict(policy_kwargs=dict(actor_type="flow_matching")),
+        dict(policy_kwargs=dict(divergence_type="flow_matching")),
+        dict(policy_kwargs=dict(divergence_type="exact")),
+        dict(n_policy_samples=0, n_gaussian_samples=5),
+        dict(n_policy_samples=5, n_gaussian_samples=0),
+        dict(ent_coef=0.3),
+        dict(policy_kwargs=dict(critic_type="scalar")),
+        dict(policy_kwargs=dict(critic_type="scalar"), critic_reduction="mean"),
+        dict(critic_reduction="mean"),
+        dict(policy_kwargs=dict(n_action_candidates=1)),
+        dict(policy_kwargs=dict(sampling_steps=5)),
+        dict(n_probes=4),
+        dict(equal_time_share=0.0),
+        dict(equal_time_share=1.0),
+        dict(policy_kwargs=dict(n_critics=1)),
+        dict(policy_kwargs=dict(n_critics=4)),
+        dict(policy_kwargs=dict(layer_norm=False)),
+    ],
+    ids=str,
+)
+def test_ablations_train_save_and_load(tmp_path: Path, kwargs: dict[str, Any]) -> None:
+    model = make_model(seed=0, **kwargs).learn(30)
+    assert all(th.isfinite(p).all() for p in model.policy.parameters())
+    model.save(tmp_path / "model")
+    loaded = MFPO.load(tmp_path / "model", device="cpu")
+    observations = observations_for(model)
+    expected, _ = model.predict(observations, deterministic=True)
+    assert np.array_equal(loaded.predict(observations, deterministic=True)[0], expected)
+    assert_equal(state_of(model), state_of(loaded))
+
+
+def test_flow_matching_ignores_the_interval() -> None:
+    model = make_model(policy_kwargs=dict(actor_type="flow_matching"))
+    features, actions, t = th.randn(4, 3), th.randn(4, 2), th.rand(4, 1)
+    assert th.equal(model.actor(features, actions, t, t), model.actor(features, actions, t, 0 * t))
+    draws = model._draw(8)
+    assert (draws.actor.t == draws.actor.r).all()
+    assert (draws.divergence.t[6:] > draws.divergence.r[6:]).all()
+
+
+def test_without_divergence_network_nothing_of_it_is_trained() -> None:
+    model = make_model(policy_kwargs=dict(divergence_type="exact"))
+    assert not list(model.divergence.parameters())
+    assert "divergence.optimizer" not in model.get_parameters()
+    # d = 2: the exact trace by automatic differentiation of the velocity itself
+    features, point, t = th.randn(1, 3), th.randn(1, 2), th.full((1, 1), 0.6)
+    jacobian = th.autograd.functional.jacobian(lambda a: model.actor.velocity(features, a, t)[0], point)[:, 0]
+    assert th.allclose(model.divergence(features, point, t, t).squeeze(), jacobian.trace(), atol=1e-5)
+
+
+def test_scalar_critic_regresses_on_the_soft_value() -> None:
+    """One terminal transition, many steps: both critics learn its reward."""
+    model = make_model(
+        RandomEnv(episode_length=1, terminates=True), policy_kwargs=dict(critic_type="scalar"), learning_rate=1e-2, seed=0
+    )
+    model.learn(10)
+    batch = model.replay_buffer.sample(8)
+    for _ in range(300):
+        model._gradient_step(batch, model._draw(8))
+    predicted = th.cat(model.critic(batch.observations, batch.actions), dim=1)
+    assert th.allclose(predicted, batch.rewards.expand(8, 2), atol=0.1)
+
+
+def test_flatten_extractor_is_the_default() -> None:
+    assert isinstance(make_model().actor.features_extractor, FlattenExtractor)
+
+
+def test_gym_id_string() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = MFPO(
+            "MlpPolicy",
+            "Pendulum-v1",
+            buffer_size=100,
+            policy_kwargs={**SMALL_POLICY, "v_min": -2000},
+            learning_starts=5,
+            batch_size=4,
+        )
+    assert isinstance(model.get_env().envs[0].unwrapped, gym.Env)
+    model.learn(8)
