@@ -71,17 +71,17 @@ def known_q_values(features: th.Tensor, actions: th.Tensor) -> th.Tensor:
     return log_density(actions).unsqueeze(0)
 
 
-def decaying_learning_rate(progress_remaining: float) -> float:
-    """Constant for 40 % of training, then a cosine to zero."""
-    return 3e-4 * 0.5 * (1 - math.cos(math.pi * min(progress_remaining / 0.6, 1)))
-
-
-def train(updates: int, seed: int, progress_bar: bool = False, **kwargs: Any) -> MFPO:
+def train(updates: int, seed: int, learning_rate: float = 3e-4, progress_bar: bool = False, **kwargs: Any) -> MFPO:
     """Train for a number of gradient steps, one per step of the environment."""
+
+    def decaying(progress_remaining: float) -> float:
+        # Constant for 40 % of training, then half a cosine down to zero
+        return learning_rate * 0.5 * (1 - math.cos(math.pi * min(progress_remaining / 0.6, 1)))
+
     model = PolicyImprovement(
         "MlpPolicy",
         OneStep(),
-        learning_rate=decaying_learning_rate,
+        learning_rate=decaying,
         learning_starts=1,
         buffer_size=1000,
         ent_coef=1.0,

@@ -63,7 +63,7 @@ def check_finite(what: str, values: np.ndarray | Mapping[str, np.ndarray], num_t
     if not finite.all():
         row = int(np.argwhere(~finite)[0][0])
         raise ValueError(
-            f"Environment {first_env + row} returned a non-finite {what} at step {num_timesteps}: {values[row]}. It was not stored and "
-            "the networks were not updated: saving the model now gives a clean checkpoint. Mend the environment, or find the "
-            "cause with `stable_baselines3.common.vec_env.VecCheckNan`."
+            f"Environment {first_env + row} returned a non-finite {what} at step {num_timesteps}: {values[row]}. It was not "
+            "stored and the networks were not updated: saving the model now gives a clean checkpoint. Mend the environment, "
+            "or find the cause with `stable_baselines3.common.vec_env.VecCheckNan`."
         )

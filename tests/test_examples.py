@@ -1,0 +1,76 @@
+"""Every example runs, and the toy finds its modes."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch as th
+
+from sb3_mfpo import MFPO
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+ARGUMENTS = {
+    "quickstart": ["--steps", "520", "--output", "out"],
+    "multimodal": ["--updates", "5", "--samples", "200", "--output", "out.png"],
+}
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_example_is_run_here() -> None:
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(ARGUMENTS)
+
+
+def is_png(path: Path) -> bool:
+    return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
+
+
+def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.chdir(tmp_path)
+    load("quickstart").main(ARGUMENTS["quickstart"])
+    assert is_png(tmp_path / "out" / "learning_curve.png")
+    model = MFPO.load(tmp_path / "out" / "mfpo.zip")
+    assert model.num_timesteps == 520
+    assert len(np.load(tmp_path / "out" / "evaluations.npz")["timesteps"]) == 16
+    assert "Random actions: return" in capsys.readouterr().out
+
+
+def test_multimodal_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    results = load("multimodal").main(ARGUMENTS["multimodal"])
+    assert is_png(tmp_path / "out.png")
+    truth = results["true samples, true density"]
+    assert truth["modes"] == 6 and truth["log_prob_error"] == 0 and truth["strays"] < 0.05
+
+
+def test_multimodal_policy_finds_all_modes_and_knows_its_density() -> None:
+    """The toy on a smaller budget, with the thresholds of the full one (5 000 updates of 3 x 256 networks)."""
+    toy = load("multimodal")
+    model = toy.train(
+        updates=2500,
+        seed=0,
+        learning_rate=1e-3,
+        n_policy_samples=8,
+        n_gaussian_samples=16,
+        device="cpu",
+        policy_kwargs=dict(net_arch=[64, 64, 64], n_atoms=2),
+    )
+    th.manual_seed(0)
+    two, twenty = (toy.evaluate(*toy.sample_policy(model, 10_000, steps)) for steps in (2, 20))
+    print(two, twenty)
+    assert two["modes"] == 6
+    assert two["sliced_wasserstein"] <= 0.08
+    assert two["strays"] <= 0.15
+    assert two["log_prob_error"] <= 1.6
+    assert twenty["modes"] == 6
+    assert twenty["sliced_wasserstein"] <= 0.05
+    assert twenty["strays"] <= 0.10
+    assert twenty["log_prob_error"] <= 1.2
