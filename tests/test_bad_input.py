@@ -10,7 +10,8 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3.sac.policies import SACPolicy
 
 from sb3_mfpo import MFPO
 from sb3_mfpo.mfpo.policies import MFPOPolicy
@@ -134,6 +135,13 @@ def test_action_spaces(action_space: Any, message: str) -> None:
         make_model(UntouchedEnv(action_space=action_space), replay_buffer_class=UnusedBuffer)
 
 
+def test_policy_of_another_algorithm() -> None:
+    with pytest.raises(ValueError, match=r"`policy` must be one of .*'MlpPolicy'.* or an `MFPOPolicy`"):
+        MFPO(SACPolicy, UntouchedEnv(), replay_buffer_class=UnusedBuffer)
+    with pytest.raises(ValueError, match="Policy LstmPolicy unknown"):
+        MFPO("LstmPolicy", UntouchedEnv(), replay_buffer_class=UnusedBuffer)
+
+
 def test_nan_bounds() -> None:
     action_space = spaces.Box(-1, 1, (2,), np.float32)
     action_space.low[0] = np.nan
@@ -207,6 +215,13 @@ def test_the_broken_environment_is_named() -> None:
         model = make_model(DummyVecEnv([RandomEnv, lambda what=what: BrokenEnv(what, np.nan)]), gradient_steps=-1)
         with pytest.raises(ValueError, match=f"Environment 1 returned a non-finite {what} at step"):
             model.learn(60)
+
+
+@pytest.mark.parametrize("what", ["observation", "reward"])
+def test_normalisation_does_not_hide_an_infinite_number(what: str) -> None:
+    env = VecNormalize(DummyVecEnv([lambda: BrokenEnv(what, np.inf)]))
+    with pytest.raises(ValueError, match=f"non-finite {what} at step 12"):
+        make_model(env).learn(40)
 
 
 @pytest.mark.parametrize(

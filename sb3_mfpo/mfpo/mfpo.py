@@ -259,7 +259,11 @@ class MFPO(OffPolicyAlgorithm):
             raise ValueError("`n_policy_samples` and `n_gaussian_samples` are both 0: the velocity estimate needs a proposal.")
         parse_ent_coef(self.ent_coef)
         parse_target_entropy(self.target_entropy, self.action_space)
-        self.policy_class.check_arguments(**self.policy_kwargs)  # type: ignore[attr-defined]
+        if not issubclass(self.policy_class, MFPOPolicy):
+            raise ValueError(
+                f"`policy` must be one of {list(self.policy_aliases)} or an `MFPOPolicy`, not {self.policy_class}."
+            )
+        self.policy_class.check_arguments(**self.policy_kwargs)
 
         low, high = self.action_space.low, self.action_space.high  # type: ignore[attr-defined]
         if not (low < high).all():
@@ -301,8 +305,9 @@ class MFPO(OffPolicyAlgorithm):
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         result = super()._setup_learn(*args, **kwargs)
-        assert self._last_obs is not None
-        check_finite("observation", self._last_obs, self.num_timesteps)
+        last_obs = self._last_obs if self._vec_normalize_env is None else self._vec_normalize_env.get_original_obs()
+        assert last_obs is not None
+        check_finite("observation", last_obs, self.num_timesteps)
         return result
 
     def collect_rollouts(
@@ -330,8 +335,14 @@ class MFPO(OffPolicyAlgorithm):
         dones: np.ndarray,
         infos: list[dict[str, Any]],
     ) -> None:
-        check_finite("observation", new_obs, self.num_timesteps)
-        check_finite("reward", reward, self.num_timesteps)
+        if self._vec_normalize_env is None:
+            raw_obs, raw_reward = new_obs, reward
+        else:
+            # Normalisation clips, which would hide an infinite number
+            raw_obs = self._vec_normalize_env.get_original_obs()
+            raw_reward = self._vec_normalize_env.get_original_reward()
+        check_finite("observation", raw_obs, self.num_timesteps)
+        check_finite("reward", raw_reward, self.num_timesteps)
         for i, info in enumerate(infos):
             if dones[i] and "terminal_observation" in info:
                 last = info["terminal_observation"]
