@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -505,3 +507,16 @@ def test_every_output_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(names) == len(set(names))
     assert set(names) == set(TOLERANCES)
     assert len(names) == 228
+
+
+def test_another_file_can_be_named(tmp_path: Path) -> None:
+    """With SB3_MFPO_GOLDEN the numbers of that file count: one output off by twice its tolerance is found."""
+    name = "snis/cdq/velocity_clean"
+    np.savez(tmp_path / "other.npz", **{**RAW, name: RAW[name] + 2 * TOLERANCES[name]})
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::test_section", "-k", "importance"]
+    for file, code in ((tmp_path / "other.npz", 1), (FILE, 0)):
+        run = subprocess.run(
+            command, cwd=DATA.parent.parent, env={**os.environ, "SB3_MFPO_GOLDEN": str(file)}, capture_output=True, text=True
+        )
+        assert run.returncode == code, run.stdout
+        assert (name in run.stdout) == bool(code)
