@@ -106,6 +106,11 @@ def test_policy_arguments(kwargs: dict[str, Any], message: str) -> None:
         MFPOPolicy(env.observation_space, env.action_space, lambda _: 1e-3, **{**SMALL_POLICY, **kwargs})
 
 
+def test_reduction_belongs_to_the_algorithm() -> None:
+    with pytest.raises(ValueError, match="`critic_reduction` is an argument of MFPO itself"):
+        make_model(UntouchedEnv(), replay_buffer_class=UnusedBuffer, policy_kwargs=dict(critic_reduction="mean"))
+
+
 def test_value_range_is_checked_against_the_default() -> None:
     with pytest.raises(ValueError, match=r"v_min=2000\.0, v_max=1600\.0"):
         MFPO("MlpPolicy", UntouchedEnv(), replay_buffer_class=UnusedBuffer, policy_kwargs=dict(v_min=2000.0))

@@ -15,7 +15,15 @@ from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import get_action_dim
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, RolloutReturn, Schedule, TrainFreq
+from stable_baselines3.common.type_aliases import (
+    GymEnv,
+    MaybeCallback,
+    PyTorchObs,
+    ReplayBufferSamples,
+    RolloutReturn,
+    Schedule,
+    TrainFreq,
+)
 from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
 from stable_baselines3.common.vec_env import VecEnv
 from torch.nn import functional as F
@@ -263,6 +271,8 @@ class MFPO(OffPolicyAlgorithm):
             raise ValueError(
                 f"`policy` must be one of {list(self.policy_aliases)} or an `MFPOPolicy`, not {self.policy_class}."
             )
+        if "critic_reduction" in self.policy_kwargs:
+            raise ValueError("`critic_reduction` is an argument of MFPO itself, which hands it to the policy: move it there.")
         self.policy_class.check_arguments(**self.policy_kwargs)
 
         low, high = self.action_space.low, self.action_space.high  # type: ignore[attr-defined]
@@ -418,7 +428,7 @@ class MFPO(OffPolicyAlgorithm):
             probes=normal(self.n_probes, batch_size, d),
         )
 
-    def _gradient_step(self, batch: Any, draws: GradientStepDraws) -> dict[str, th.Tensor]:
+    def _gradient_step(self, batch: ReplayBufferSamples, draws: GradientStepDraws) -> dict[str, th.Tensor]:
         """
         One step of the critics, and every ``policy_delay`` steps of the policy.
 
@@ -440,7 +450,9 @@ class MFPO(OffPolicyAlgorithm):
             return self.ent_coef_tensor
         return self.log_ent_coef.detach().exp().squeeze()
 
-    def _update_critic(self, batch: Any, draws: GradientStepDraws, ent_coef: th.Tensor) -> dict[str, th.Tensor]:
+    def _update_critic(
+        self, batch: ReplayBufferSamples, draws: GradientStepDraws, ent_coef: th.Tensor
+    ) -> dict[str, th.Tensor]:
         """
         Regress the critics on the soft Bellman target (Eq. 29).
 
