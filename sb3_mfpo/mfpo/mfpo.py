@@ -85,7 +85,7 @@ class MFPO(OffPolicyAlgorithm):
     same steps.
 
     Paper: https://arxiv.org/abs/2604.14698
-    Authors' code: https://github.com/MFPolicy/MFPO
+    Authors' code: https://github.com/dongxiaoyi-xyz/MFPO
 
     The arguments up to ``_init_setup_model`` are those of SB3's ``SAC``, in the same order; MFPO's own follow by keyword.
     ``policy_kwargs`` hold the architecture, see :class:`sb3_mfpo.mfpo.policies.MFPOPolicy`.
