@@ -1,8 +1,11 @@
-"""Every example runs, and the toy finds its modes."""
+"""Every example and benchmark runs, and the toy finds its modes."""
 
 import importlib.util
+import json
+import re
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +20,8 @@ ARGUMENTS = {
 }
 
 
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+def load(name: str, folder: Path = EXAMPLES) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -27,6 +30,17 @@ def load(name: str) -> ModuleType:
 
 def test_every_example_is_run_here() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.py")} == set(ARGUMENTS)
+
+
+def test_the_readme_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As printed, but for the number of steps."""
+    (code,) = re.findall(r"```python\n(.*?)```", (EXAMPLES.parent / "README.md").read_text(), flags=re.DOTALL)
+    assert "1_000_000" in code
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code.replace("1_000_000", "102"), names)
+    assert names["model"].num_timesteps == 102
+    assert names["action"].shape == (1, 6)
 
 
 def is_png(path: Path) -> bool:
@@ -41,6 +55,17 @@ def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert model.num_timesteps == 520
     assert len(np.load(tmp_path / "out" / "evaluations.npz")["timesteps"]) == 16
     assert "Random actions: return" in capsys.readouterr().out
+
+
+def test_speed_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """That it works, not how fast it is."""
+    output = tmp_path / "results" / "speed.json"
+    load("speed", EXAMPLES.parent / "benchmarks").main(["--envs", "Pendulum-v1", "--rounds", "1", "--output", str(output)])
+    parts = json.loads(output.read_text())["results"]["Pendulum-v1"]
+    assert set(parts["gradient step"]) == {"SAC", "MFPO"}
+    assert len(parts["action"]) == 4
+    assert all(row["milliseconds"] > 0 for part in parts.values() for row in part.values())
+    assert "Pendulum-v1" in capsys.readouterr().out
 
 
 def test_multimodal_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
