@@ -13,6 +13,32 @@ from torch.nn import functional as F
 LAYER_NORM_EPS = 1e-6
 
 
+# Rows that are evaluated at once without gradient on a CPU: at 256 numbers each, a hidden layer then stays in the cache
+CACHED_ROWS = 1536
+# Numbers from which on the arithmetic of an activation costs more than the calls
+MANY_NUMBERS = 2**14
+
+
+class TanhGELU(nn.Module):
+    """
+    The tanh approximation of GELU, which the authors' networks use.
+
+    For many numbers without gradient it is computed as x sigmoid(2 u) with u = sqrt(2 / pi) (x + 0.044715 x^3): the same
+    function, at half the cost on a CPU.
+    """
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        """
+        :param x: Any shape
+        :return: The same shape
+        """
+        if th.is_grad_enabled() or x.numel() < MANY_NUMBERS:
+            return F.gelu(x, approximate="tanh")
+        two_c = 2 * math.sqrt(2 / math.pi)
+        result = (x * x).mul_(0.044715 * two_c).add_(two_c).mul_(x)
+        return result.sigmoid_().mul_(x)
+
+
 def fourier_features(time: th.Tensor, frequencies: th.Tensor) -> th.Tensor:
     """
     Cosines, then sines, of ``2 pi time * frequency``.
@@ -105,6 +131,20 @@ class MultiInputMLP(nn.Module):
             broadcast
         :return: shape (..., output_dim)
         """
+        n_rows = max(value.numel() // dim for value, dim in zip(inputs, self.input_dims, strict=True))
+        if th.is_grad_enabled() or n_rows <= CACHED_ROWS or inputs[0].device.type != "cpu":
+            return self._forward(*inputs)
+        shape = th.broadcast_shapes(*(value.shape[:-1] for value in inputs))
+        size = max(1, CACHED_ROWS * shape[0] // shape.numel())
+        n_chunks = -(-shape[0] // size)
+        # What has the leading dimension is split along it; the rest serves all chunks
+        chunks = [
+            value.split(size) if value.dim() == len(shape) + 1 and len(value) == shape[0] else [value] * n_chunks
+            for value in inputs
+        ]
+        return th.cat([self._forward(*chunk) for chunk in zip(*chunks, strict=True)])
+
+    def _forward(self, *inputs: th.Tensor) -> th.Tensor:
         weights = self.input_layer.weight.split(self.input_dims, dim=1)
         hidden = F.linear(inputs[0], weights[0], self.input_layer.bias)
         for value, weight in zip(inputs[1:], weights[1:], strict=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -26,10 +25,7 @@ from sb3_mfpo.common.checks import check_choice, check_integer, check_range
 from sb3_mfpo.common.divergence import exact_divergence
 from sb3_mfpo.common.mean_flow import few_step_sample
 from sb3_mfpo.common.policies import CategoricalCritic, Critic, ScalarCritic, spread_noise
-from sb3_mfpo.common.torch_layers import FlowMLP
-
-# The form of GELU that the authors' networks use
-TANH_GELU = functools.partial(nn.GELU, approximate="tanh")
+from sb3_mfpo.common.torch_layers import FlowMLP, TanhGELU
 
 ACTOR_TYPES = ("mean_flow", "flow_matching")
 DIVERGENCE_TYPES = ("mean_flow", "flow_matching", "exact")
@@ -172,7 +168,7 @@ class MFPOPolicy(BasePolicy):
         action_space: spaces.Box,
         lr_schedule: Schedule,
         net_arch: list[int] | dict[str, list[int]] | None = None,
-        activation_fn: Callable[[], nn.Module] = TANH_GELU,
+        activation_fn: Callable[[], nn.Module] = TanhGELU,
         layer_norm: bool = True,
         time_fourier_dim: int = 128,
         time_embedding_dim: int = 64,
@@ -494,9 +490,12 @@ class MFPOPolicy(BasePolicy):
 
         :param mode: Training mode if true, else evaluation mode
         """
-        self.actor.set_training_mode(mode)
-        self.divergence.train(mode)
-        self.critic.set_training_mode(mode)
+        modules = (self.actor, self.divergence, self.critic)
+        # Every prediction asks for evaluation mode, and going through all layers costs as much as an action
+        if all(module.training == mode for module in (self, *modules)):
+            return
+        for module in modules:
+            module.train(mode)
         self.training = mode
 
 
