@@ -13,7 +13,8 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from sb3_mfpo import MFPO
 Timings = dict[str, list[float]]
 
 
-def measure(functions: dict[str, Callable[[], Any]], rounds: int) -> Timings:
+def measure(functions: Mapping[str, Callable[[], Any]], rounds: int) -> Timings:
     """Seconds per call, the functions taking turns; two rounds of warm-up are dropped."""
     timings: Timings = {name: [] for name in functions}
     for _ in range(rounds + 2):
@@ -68,9 +69,9 @@ def benchmark(env_id: str, rounds: int) -> dict[str, dict[str, dict[str, float]]
     """Gradient step of a batch of 256, and ``predict`` for one observation."""
     models = make_models(env_id)
     observation = models["SAC"].observation_space.sample()
-    steps = {name: lambda model=model: model.train(1, 256) for name, model in models.items()}
+    steps = {name: partial(model.train, gradient_steps=1, batch_size=256) for name, model in models.items()}
     actions = {
-        f"{name}, {kind}": lambda model=model, kind=kind: model.predict(observation, deterministic=kind == "deterministic")
+        f"{name}, {kind}": partial(model.predict, observation, deterministic=kind == "deterministic")
         for name, model in models.items()
         for kind in ("stochastic", "deterministic")
     }

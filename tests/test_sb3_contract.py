@@ -372,6 +372,7 @@ def test_log_probabilities_are_public() -> None:
     actions, log_prob = model.policy.action_log_prob(obs)
     assert actions.shape == (5, 2) and log_prob.shape == (5,)
     assert actions.abs().max() <= 1
+    assert th.equal(model.policy(obs, deterministic=True), model.policy._predict(obs, deterministic=True))
     first, second = model.policy.action_log_prob(obs, noise), model.policy.action_log_prob(obs, noise)
     assert th.equal(first[0], second[0]) and th.equal(first[1], second[1])
 
