@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.policies import BaseModel, BasePolicy
+from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.torch_layers import (
     BaseFeaturesExtractor,
@@ -24,7 +24,7 @@ from sb3_mfpo.common.categorical import reduce_values
 from sb3_mfpo.common.checks import check_choice, check_integer, check_range
 from sb3_mfpo.common.divergence import exact_divergence
 from sb3_mfpo.common.mean_flow import few_step_sample
-from sb3_mfpo.common.policies import CategoricalCritic, Critic, ScalarCritic, spread_noise
+from sb3_mfpo.common.policies import CategoricalCritic, Critic, FeaturesModel, ScalarCritic, spread_noise
 from sb3_mfpo.common.torch_layers import FlowMLP, TanhGELU
 
 ACTOR_TYPES = ("mean_flow", "flow_matching")
@@ -33,7 +33,7 @@ CRITIC_TYPES = ("categorical", "scalar")
 CRITIC_REDUCTIONS = ("min", "mean")
 
 
-class MeanFlowActor(BaseModel):
+class MeanFlowActor(FeaturesModel):
     """
     Average velocity u(s, a_t, r, t) of the flow that carries noise (t = 1) to actions (t = 0).
 
@@ -44,8 +44,6 @@ class MeanFlowActor(BaseModel):
     :param normalize_images: Whether to divide images by 255
     """
 
-    features_extractor: BaseFeaturesExtractor
-
     def __init__(
         self,
         observation_space: spaces.Space,
@@ -54,17 +52,8 @@ class MeanFlowActor(BaseModel):
         network: FlowMLP,
         normalize_images: bool = True,
     ):
-        super().__init__(
-            observation_space, action_space, features_extractor=features_extractor, normalize_images=normalize_images
-        )
+        super().__init__(observation_space, action_space, features_extractor, normalize_images)
         self.network = network
-
-    def encode(self, observations: PyTorchObs) -> th.Tensor:
-        """
-        :param observations: Batch of observations
-        :return: State features, shape (B, features_dim)
-        """
-        return self.extract_features(observations, self.features_extractor)
 
     def forward(self, features: th.Tensor, noisy_actions: th.Tensor, t: th.Tensor, length: th.Tensor) -> th.Tensor:
         """
