@@ -1,6 +1,7 @@
 """Time pairs, the MeanFlow identity and the sampler against closed forms."""
 
 import math
+from typing import Any
 
 import pytest
 import torch as th
@@ -66,26 +67,28 @@ def test_path_ends_at_action_and_noise() -> None:
     assert th.equal(mean_flow.interpolate(actions, noise, th.ones(B, 1)), noise)
 
 
-def test_identity_has_the_gaussian_average_velocity_as_fixed_point() -> None:
-    """With the true field as network, the regression target is the network itself."""
+def gaussian_divergence(actions: th.Tensor, t: th.Tensor) -> th.Tensor:
+    """The velocity is linear in the action: d times its slope."""
+    return D * (t - (1 - t) * 0.2**2) / ((1 - t) ** 2 * 0.2**2 + t**2)
+
+
+@pytest.mark.parametrize(
+    "average, instantaneous",
+    [
+        (gaussian_flow, lambda actions, t: gaussian_velocity(actions, t, mean=0.3, std=0.2)),
+        (gaussian_average_divergence, gaussian_divergence),
+    ],
+    ids=["velocity", "divergence"],
+)
+def test_identity_has_the_gaussian_averages_as_fixed_points(average: Any, instantaneous: Any) -> None:
+    """With the true average as network, the regression target is the network itself."""
     generator = th.Generator().manual_seed(0)
     t = 0.05 + 0.9 * th.rand(B, 1, generator=generator, dtype=th.float64)
     r = t * (0.1 + 0.8 * th.rand(B, 1, generator=generator, dtype=th.float64))
     actions = th.randn(B, D, generator=generator, dtype=th.float64)
     velocity = gaussian_velocity(actions, t, mean=0.3, std=0.2)
-    target = mean_flow.mean_flow_target(gaussian_flow, FEATURES, actions, t, r, velocity, velocity)
-    assert th.allclose(target, gaussian_flow(FEATURES, actions, t, t - r), atol=1e-9)
-
-
-def test_identity_has_the_gaussian_average_divergence_as_fixed_point() -> None:
-    generator = th.Generator().manual_seed(0)
-    t = 0.05 + 0.9 * th.rand(B, 1, generator=generator, dtype=th.float64)
-    r = t * (0.1 + 0.8 * th.rand(B, 1, generator=generator, dtype=th.float64))
-    actions = th.randn(B, D, generator=generator, dtype=th.float64)
-    velocity = gaussian_velocity(actions, t, mean=0.3, std=0.2)
-    slope = (t - (1 - t) * 0.2**2) / ((1 - t) ** 2 * 0.2**2 + t**2)
-    target = mean_flow.mean_flow_target(gaussian_average_divergence, FEATURES, actions, t, r, velocity, D * slope)
-    assert th.allclose(target, gaussian_average_divergence(FEATURES, actions, t, t - r), atol=1e-9)
+    target = mean_flow.mean_flow_target(average, FEATURES, actions, t, r, velocity, instantaneous(actions, t))
+    assert th.allclose(target, average(FEATURES, actions, t, t - r), atol=1e-9)
 
 
 def test_skipping_equal_rows_changes_nothing() -> None:

@@ -256,8 +256,9 @@ def test_changed_sampling_survives_saving(tmp_path: Path) -> None:
     assert np.array_equal(loaded.predict(observations, deterministic=True)[0], expected)
 
 
-def test_deepcopy_and_pickle() -> None:
-    model = make_model(seed=0).learn(20)
+@pytest.mark.parametrize("divergence_type", ["mean_flow", "exact"])
+def test_deepcopy_and_pickle(divergence_type: str) -> None:
+    model = make_model(seed=0, policy_kwargs=dict(divergence_type=divergence_type)).learn(20)
     observations = observations_for(model)
     expected, _ = model.predict(observations, deterministic=True)
     for policy in (copy.deepcopy(model.policy), pickle.loads(pickle.dumps(model.policy))):
@@ -268,6 +269,16 @@ def test_deepcopy_and_pickle() -> None:
         th.manual_seed(0)
         one.train(2, batch_size=8)
     assert_equal(state_of(model), state_of(twin))
+    # The copy stands by itself, its divergence too: that follows the copy's actor, not the original's
+    obs, noise = th.as_tensor(observations), th.randn(len(observations), 2)
+    _, before = model.policy.action_log_prob(obs, noise)
+    for parameter in twin.actor.parameters():
+        parameter.data.mul_(2)
+    assert th.equal(model.policy.action_log_prob(obs, noise)[1], before)
+    point, t = th.randn(1, 2), th.full((1, 1), 0.5)
+    features = th.randn(1, 3)
+    changed = not th.equal(model.divergence(features, point, t, t), twin.divergence(features, point, t, t))
+    assert changed == (divergence_type == "exact")
 
 
 def test_replay_buffer_is_saved_apart(tmp_path: Path) -> None:

@@ -9,10 +9,8 @@ import torch as th
 from torch import nn
 from torch.nn import functional as F
 
-# The authors' networks are written in Flax, whose LayerNorm default this is (PyTorch's is 1e-5).
+# The authors' networks are written in Flax, whose LayerNorm default this is (PyTorch's is 1e-5)
 LAYER_NORM_EPS = 1e-6
-
-
 # Rows that are evaluated at once without gradient on a CPU: at 256 numbers each, a hidden layer then stays in the cache
 CACHED_ROWS = 1536
 # Numbers from which on the arithmetic of an activation costs more than the calls
