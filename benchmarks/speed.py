@@ -1,108 +1,325 @@
 """
-Cost of MFPO against SB3's SAC with the same layers: one gradient step, one action.
+Cost of MFPO against SB3's SAC and TD3 and sb3-contrib's TQC, all with three layers of 256: gradient step, action, whole
+training loop; where a gradient step spends its time, how many operators it has and how much memory it takes.
 
-The algorithms take turns within one process, so that other load on the machine meets them alike; a ratio is the median over
-the rounds, with the quartiles as its spread.
+All take turns within one process, so that other load on the machine meets them alike; a ratio is the median over the rounds of
+the ratio within a round, with the quartiles as its spread. On a GPU, gradient steps are timed by CUDA events.
 
     python benchmarks/speed.py --output benchmarks/results/speed.json
+    python benchmarks/speed.py --device cuda --output benchmarks/results/speed_cuda.json
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import platform
+import random
+import sys
 import time
-from collections.abc import Callable, Mapping
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import gymnasium as gym
 import numpy as np
 import torch as th
-from stable_baselines3 import SAC
+from gymnasium import spaces
+from plain import PlainMFPO
+from sb3_contrib import TQC
+from stable_baselines3 import SAC, TD3
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_mfpo import MFPO
+from sb3_mfpo.common import torch_layers
+from sb3_mfpo.common.acceleration import onednn_matmul_is_exact
 
-Timings = dict[str, list[float]]
-
-
-def measure(functions: Mapping[str, Callable[[], Any]], rounds: int) -> Timings:
-    """Seconds per call, the functions taking turns; two rounds of warm-up are dropped."""
-    timings: Timings = {name: [] for name in functions}
-    for _ in range(rounds + 2):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            timings[name].append(time.perf_counter() - start)
-    return {name: values[2:] for name, values in timings.items()}
-
-
-def compare(timings: Timings, reference: str) -> dict[str, dict[str, float]]:
-    """Median milliseconds, and the ratio to the reference in the same round: median and quartiles."""
-    results = {}
-    for name, values in timings.items():
-        low, median, high = np.percentile(np.array(values) / np.array(timings[reference]), [25, 50, 75])
-        results[name] = {
-            "milliseconds": 1e3 * float(np.median(values)),
-            "ratio": float(median),
-            "ratio_low": float(low),
-            "ratio_high": float(high),
-        }
-    return results
+# Sizes of observation and action
+TASKS = {"HalfCheetah": (17, 6), "Humanoid": (348, 17), "dog": (223, 38)}
+BATCH_SIZE = 256
+# Methods between which a gradient step's time is divided; a method's share leaves out those within it
+PARTS = {
+    "replay buffer": ("replay_buffer", "sample"),
+    "random numbers": ("", "_draw"),
+    "critics: target and loss": ("", "_critic_loss"),
+    "policy's proposals": ("", "_propose"),
+    "values of the proposals": ("critic", "q_values"),
+    "Gaussian proposals, weights": ("", "_boltzmann_velocity"),
+    "actor: loss": ("", "_actor_loss"),
+    "divergence network: loss": ("", "_divergence_loss"),
+    "backward and optimizers": ("_runner", "descend"),
+    "target critics": ("", "_update_target"),
+}
+Rows = dict[str, dict[str, float]]
 
 
-def make_models(env_id: str) -> dict[str, OffPolicyAlgorithm]:
-    """Both algorithms with three layers of 256 and a filled buffer."""
-    models: dict[str, OffPolicyAlgorithm] = {
-        "SAC": SAC("MlpPolicy", env_id, learning_starts=1000, buffer_size=1000, policy_kwargs=dict(net_arch=[256] * 3)),
-        "MFPO": MFPO("MlpPolicy", env_id, learning_starts=1000, buffer_size=1000),
+class RandomTask(gym.Env):
+    """Random numbers of a task's sizes: observations cost nothing, so that only the algorithms are timed."""
+
+    def __init__(self, observation_dim: int, action_dim: int):
+        self.observation_space = spaces.Box(-1, 1, (observation_dim,), np.float32)
+        self.action_space = spaces.Box(-1, 1, (action_dim,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        return self.observation_space.sample(), 0.0, False, False, {}
+
+
+def make_models(env: Callable[[], gym.Env], width: int, device: str) -> dict[str, OffPolicyAlgorithm]:
+    """Every algorithm, its buffer filled with 300 random steps."""
+    kinds: dict[str, tuple[type[OffPolicyAlgorithm], dict[str, Any]]] = {
+        "SAC": (SAC, {}),
+        "TD3": (TD3, {}),
+        "TQC": (TQC, {}),
+        "MFPO": (MFPO, {}),
+        "MFPO, compiled": (MFPO, dict(compile_step=True)),
+        "MFPO, plain": (PlainMFPO, {}),
+    }
+    if device == "cpu" and onednn_matmul_is_exact():
+        kinds["MFPO, oneDNN"] = (MFPO, dict(onednn_matmul=True))
+    common = dict(learning_starts=300, buffer_size=10_000, batch_size=BATCH_SIZE, device=device)
+    models = {
+        name: algorithm("MlpPolicy", env(), policy_kwargs=dict(net_arch=[width] * 3), **common, **kwargs)  # type: ignore[arg-type]
+        for name, (algorithm, kwargs) in kinds.items()
     }
     for model in models.values():
-        model.learn(500)
+        model.learn(300)
     return models
 
 
-def benchmark(env_id: str, rounds: int) -> dict[str, dict[str, dict[str, float]]]:
-    """Gradient step of a batch of 256, and ``predict`` for one observation."""
-    models = make_models(env_id)
-    observation = models["SAC"].observation_space.sample()
-    steps = {name: partial(model.train, gradient_steps=1, batch_size=256) for name, model in models.items()}
-    actions = {
-        f"{name}, {kind}": partial(model.predict, observation, deterministic=kind == "deterministic")
-        for name, model in models.items()
-        for kind in ("stochastic", "deterministic")
-    }
-    return {
-        "gradient step": compare(measure(steps, rounds), reference="SAC"),
-        "action": compare(measure(actions, 20 * rounds), reference="SAC, stochastic"),
-    }
+def seconds(function: Callable[[], Any], device: str) -> float:
+    """Of one call, by CUDA events on a GPU."""
+    if device == "cpu":
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+    first, last = (th.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    function()
+    last.record()
+    th.cuda.synchronize()
+    return 1e-3 * first.elapsed_time(last)
+
+
+def compare(
+    functions: Mapping[str, Callable[[], Any]], rounds: int, references: tuple[str, ...], device: str, repeats: int = 1
+) -> Rows:
+    """
+    Median milliseconds per call, and the ratios to the references within a round: median and quartiles. Warm-up is dropped.
+    Calls are repeated where the first one, which finds the caches empty, is not the usual one.
+    """
+    timings = defaultdict(list)
+    order = random.Random(0)
+    for _ in range(rounds + 5):
+        # In a new order each time: what runs after a large computation finds the caches empty
+        for name in order.sample(list(functions), len(functions)):
+            timings[name].append(seconds(lambda: [functions[name]() for _ in range(repeats)], device) / repeats)  # noqa: B023
+    results: Rows = {}
+    for name, values in timings.items():
+        results[name] = {"milliseconds": 1e3 * float(np.median(values[5:]))}
+        for reference in references:
+            low, median, high = np.percentile(np.array(values[5:]) / np.array(timings[reference][5:]), [25, 50, 75])
+            key = f"ratio to {reference}"
+            results[name] |= {key: float(median), f"{key}, 25 %": float(low), f"{key}, 75 %": float(high)}
+    return results
+
+
+def gradient_steps(models: dict[str, OffPolicyAlgorithm], rounds: int, device: str) -> Rows:
+    functions = {name: partial(model.train, gradient_steps=1, batch_size=BATCH_SIZE) for name, model in models.items()}
+    return compare(functions, rounds, ("SAC", "MFPO, plain"), device)
+
+
+def actions(models: dict[str, OffPolicyAlgorithm], rounds: int) -> dict[str, Rows]:
+    """``predict`` for a single observation and for batches, wall time: the action comes back to the CPU in any case."""
+    space, results = models["SAC"].observation_space, {}
+    for batch, repeats in ((1, 20), (16, 5), (256, 1)):
+        observation = space.sample() if batch == 1 else np.stack([space.sample() for _ in range(batch)])
+        functions = {
+            f"{name}, {kind}": partial(models[name].predict, observation, deterministic=kind == "deterministic")
+            for name in ("SAC", "TD3", "TQC", "MFPO")
+            for kind in ("stochastic", "deterministic")
+        }
+        results[f"action, batch of {batch}"] = compare(functions, 2 * rounds, ("SAC, stochastic",), "cpu", repeats)
+    return results
+
+
+def whole_loop(env_id: str, width: int, steps: int, rounds: int, device: str) -> Rows:
+    """Environment steps with one gradient step each, per second of ``learn``."""
+    models = make_models(lambda: gym.make(env_id), width, device)
+    functions = {name: partial(model.learn, steps, reset_num_timesteps=False) for name, model in models.items()}
+    rows = compare(functions, rounds, ("SAC",), device)
+    return {name: row | {"steps per second": 1e3 * steps / row["milliseconds"]} for name, row in rows.items()}
+
+
+def profile(model: MFPO, rounds: int) -> dict[str, float]:
+    """Share of a gradient step's time by part. On a GPU every part waits for the device."""
+    spent: dict[str, float] = defaultdict(float)
+    running: list[str] = []
+
+    def clock() -> float:
+        if model.device.type == "cuda":
+            th.cuda.synchronize()
+        return time.perf_counter()
+
+    def timed(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        start = clock()
+        running.append(name)
+        result = function(*args, **kwargs)
+        running.pop()
+        duration = clock() - start
+        spent[name] += duration
+        if running:
+            spent[running[-1]] -= duration
+        return result
+
+    for name, (owner_name, method) in PARTS.items():
+        owner = getattr(model, owner_name) if owner_name else model
+        object.__setattr__(owner, method, partial(timed, name, getattr(owner, method)))
+    for _ in range(rounds):
+        timed("rest", model.train, gradient_steps=1, batch_size=BATCH_SIZE)
+    return {name: value / sum(spent.values()) for name, value in spent.items()}
+
+
+class CountOperators(TorchDispatchMode):
+    """Names of the operators that do work: views are free."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        if not (func.is_view or name.startswith("profiler.") or name.split(".")[1] in ("detach", "_unsafe_view")):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def path_of_a_gpu() -> Iterator[None]:
+    """On a CPU, take the path that a GPU takes: no chunks, losses looked at only at the end."""
+    with (
+        mock.patch.object(torch_layers, "CACHED_ROWS", sys.maxsize),
+        mock.patch.object(torch_layers, "MANY_NUMBERS", sys.maxsize),
+        mock.patch("sb3_mfpo.common.acceleration.StepRunner.defers_checks", lambda self, optimizer: True),
+    ):
+        yield
+
+
+def operators(models: dict[str, OffPolicyAlgorithm]) -> dict[str, int]:
+    """Operators of one gradient step, MFPO's as on a GPU."""
+    counts = {}
+    for name in ("SAC", "TD3", "TQC", "MFPO", "MFPO, plain"):
+        with path_of_a_gpu(), CountOperators() as counter:
+            models[name].train(gradient_steps=1, batch_size=BATCH_SIZE)
+        counts[name] = len(counter.names)
+    return counts
+
+
+def peak_memory(task: str, width: int, device: str, threads: int) -> float | None:
+    """
+    Megabytes that the first gradient step takes at its peak above what the process, or on a GPU PyTorch, held before. It also
+    creates the optimizers' states, twice the size of the networks. None where the system does not tell.
+    """
+    th.set_num_threads(threads)
+    model = MFPO(
+        "MlpPolicy", RandomTask(*TASKS[task]), device=device, policy_kwargs=dict(net_arch=[width] * 3), buffer_size=1000
+    )
+    model.learn(100)
+    if device == "cuda":
+        before = th.cuda.memory_allocated()
+        th.cuda.reset_peak_memory_stats()
+        model.train(1, BATCH_SIZE)
+        return 1e-6 * (th.cuda.max_memory_allocated() - before)
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+
+    def resident(what: str) -> float:
+        (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+        return 1024e-6 * int(line.split()[1])
+
+    # Resets the peak to what is resident now
+    Path("/proc/self/clear_refs").write_text("5")
+    resident_before = resident("VmRSS")
+    model.train(1, BATCH_SIZE)
+    return resident("VmHWM") - resident_before
+
+
+def hardware() -> dict[str, Any]:
+    processor = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), processor)
+    gpu = th.cuda.get_device_name() if th.cuda.is_available() else None
+    return {"processor": processor, "cores": os.cpu_count(), "gpu": gpu, "oneDNN is exact": onednn_matmul_is_exact()}
+
+
+def print_rows(title: str, rows: Rows) -> None:
+    print(f"\n{title}")
+    ratios = [key for key in next(iter(rows.values())) if key.startswith("ratio") and "%" not in key]
+    print(f"{'':24} {'ms':>9}" + "".join(f"  {key:>28}" for key in ratios))
+    for name, row in rows.items():
+        cells = [f"{row[key]:6.2f} ({row[f'{key}, 25 %']:.2f} to {row[f'{key}, 75 %']:.2f})" for key in ratios]
+        print(f"{name:24} {row['milliseconds']:9.2f}" + "".join(f"  {cell:>28}" for cell in cells))
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--envs", nargs="+", default=["HalfCheetah-v5", "Humanoid-v5"], help="Gymnasium ids")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS), help="sizes to measure")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=25, help="measured gradient steps per algorithm (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="PyTorch's threads (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="small networks, one task, one round: shows that it works")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
     th.set_num_threads(options.threads)
+    tasks, rounds, width, loop_steps = options.tasks, options.rounds, 256, 20
+    if options.quick:
+        tasks, rounds, width, loop_steps = tasks[:1], 1, 16, 5
+    # The random tasks have no returns to fit a value range to
+    warnings.filterwarnings("ignore", message=".*of the value targets' mass lies outside")
 
+    packages = ("torch", "stable-baselines3", "sb3-contrib", "sb3-mfpo", "gymnasium", "mujoco", "numpy")
     results: dict[str, Any] = {
-        "versions": {name: version(name) for name in ("torch", "stable-baselines3", "sb3-mfpo", "numpy")},
-        "hardware": {"processor": platform.processor() or platform.machine(), "cuda": th.cuda.is_available()},
+        "command": " ".join(["python", "benchmarks/speed.py", *(sys.argv[1:] if arguments is None else arguments)]),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "hardware": hardware(),
         "threads": options.threads,
-        "rounds": options.rounds,
-        "results": {env_id: benchmark(env_id, options.rounds) for env_id in options.envs},
+        "rounds": rounds,
+        "tasks": {},
     }
-    print(f"{'task':16} {'what':14} {'algorithm':22} {'ms':>8} {'ratio':>7}  quartiles")
-    for env_id, parts in results["results"].items():
-        for part, rows in parts.items():
-            for name, row in rows.items():
-                spread = f"{row['ratio_low']:.2f} to {row['ratio_high']:.2f}"
-                print(f"{env_id:16} {part:14} {name:22} {row['milliseconds']:8.2f} {row['ratio']:7.2f}  {spread}")
+    print(json.dumps({key: results[key] for key in ("command", "versions", "hardware")}, indent=2))
+    for task in tasks:
+        models = make_models(partial(RandomTask, *TASKS[task]), width, options.device)
+        part: dict[str, Any] = {"gradient step": gradient_steps(models, rounds, options.device)}
+        part |= actions(models, rounds)
+        for title, rows in part.items():
+            print_rows(f"{task}: {title}", rows)
+        part["operators"] = operators(models)
+        part["profile"] = profile(models["MFPO"], rounds)  # type: ignore[arg-type]
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            part["peak memory in MB"] = pool.apply(peak_memory, (task, width, options.device, options.threads))
+        print(f"\n{task}: operators {part['operators']}; peak memory of the first step {part['peak memory in MB']} MB")
+        for name, share in sorted(part["profile"].items(), key=lambda item: -item[1]):
+            print(f"{name:32} {share:6.1%}")
+        results["tasks"][task] = part
+    results["whole loop, HalfCheetah-v5"] = whole_loop(
+        "HalfCheetah-v5", width, loop_steps, max(1, rounds // 5), options.device
+    )
+    print_rows("whole loop, HalfCheetah-v5", results["whole loop, HalfCheetah-v5"])
+    for name, row in results["whole loop, HalfCheetah-v5"].items():
+        print(f"{name:24} {row['steps per second']:7.1f} steps per second")
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(results, indent=2) + "\n")

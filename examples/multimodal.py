@@ -108,13 +108,16 @@ def solve_ode(model: MFPO, n: int, steps: int) -> tuple[th.Tensor, th.Tensor]:
     """Actions by a fine Euler solve of the instantaneous velocity, and their log-probabilities by its exact divergence."""
     actor = model.policy.actor
     features, noise = th.zeros(1, 1, device=model.device), th.randn(n, 2, device=model.device)
-    actions, log_prob = few_step_sample(
-        lambda features, a, t, length: actor.velocity(features, a, t),
-        features,
-        noise,
-        th.linspace(1, 0, steps + 1, device=model.device),
-        lambda features, a, t, length: exact_divergence(lambda points: actor.velocity(features, points, t), a),
-    )
+    times = th.linspace(1, 0, steps + 1, device=model.device)
+
+    def velocity(a: th.Tensor, k: int) -> th.Tensor:
+        return actor.linearize_velocity(features, a, times[k, None])[0]
+
+    def divergence(a: th.Tensor, k: int) -> th.Tensor:
+        return exact_divergence(actor.linearize_velocity(features, a, times[k, None])[1], a)
+
+    actions, log_prob = few_step_sample(velocity, noise, times, divergence)
+    assert log_prob is not None
     return actions.clamp(-1, 1).cpu(), log_prob.cpu()
 
 

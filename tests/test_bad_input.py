@@ -46,6 +46,8 @@ class UnusedBuffer(ReplayBuffer):
         (dict(gradient_steps=-2), "`gradient_steps`"),
         (dict(policy_delay=0), "`policy_delay`"),
         (dict(target_update_interval=0), "`target_update_interval`"),
+        (dict(compile_step="reduce-overhead"), "`compile_step`"),
+        (dict(onednn_matmul="bf16"), "`onednn_matmul`"),
         (dict(n_policy_samples=-1), "`n_policy_samples` must be an integer of at least 0, not -1"),
         (dict(n_gaussian_samples=True), "`n_gaussian_samples`"),
         (dict(n_policy_samples=0, n_gaussian_samples=0), "`n_policy_samples` and `n_gaussian_samples` are both 0"),
@@ -237,11 +239,14 @@ def test_a_broken_loss_stops_before_its_step(network: str, loss: str) -> None:
     """A network that returns NaN from now on: its own weights must not change."""
     model = make_model().learn(20)
     if network:
-        handle = {
-            "critic": model.critic.q_networks[0],
-            "actor": model.actor.network,
-            "divergence": model.divergence,
-        }[network].register_forward_hook(lambda module, inputs, output: output * np.nan if th.is_grad_enabled() else output)
+        last_layer = {
+            "critic": model.critic.q_networks[0].body[-1],
+            "actor": model.actor.network.mlp.body[-1],
+            "divergence": model.divergence.mlp.body[-1],
+        }[network]
+        handle = last_layer.register_forward_hook(
+            lambda module, inputs, output: output * np.nan if th.is_grad_enabled() else output
+        )
     else:
         model.target_entropy = np.nan
     module = getattr(model, network) if network else model.policy

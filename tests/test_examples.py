@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import speed
 import torch as th
 
 from sb3_mfpo import MFPO
@@ -60,12 +61,20 @@ def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
 def test_speed_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """That it works, not how fast it is."""
     output = tmp_path / "results" / "speed.json"
-    load("speed", EXAMPLES.parent / "benchmarks").main(["--envs", "Pendulum-v1", "--rounds", "1", "--output", str(output)])
-    parts = json.loads(output.read_text())["results"]["Pendulum-v1"]
-    assert set(parts["gradient step"]) == {"SAC", "MFPO"}
-    assert len(parts["action"]) == 4
-    assert all(row["milliseconds"] > 0 for part in parts.values() for row in part.values())
-    assert "Pendulum-v1" in capsys.readouterr().out
+    speed.main(["--quick", "--output", str(output)])
+    results = json.loads(output.read_text())
+    (part,) = results["tasks"].values()
+    algorithms = {"SAC", "TD3", "TQC", "MFPO", "MFPO, compiled", "MFPO, plain"}
+    loop = results["whole loop, HalfCheetah-v5"]
+    assert algorithms <= set(part["gradient step"]) == set(loop)
+    timings = [part["gradient step"], loop, *(part[f"action, batch of {batch}"] for batch in (1, 16, 256))]
+    assert all(row["milliseconds"] > 0 for rows in timings for row in rows.values())
+    assert sum(part["profile"].values()) == pytest.approx(1)
+    assert set(part["profile"]) == {*speed.PARTS, "rest"}
+    assert 0 < part["operators"]["MFPO"] < part["operators"]["MFPO, plain"]
+    assert part["peak memory in MB"] is None or part["peak memory in MB"] > 0
+    assert results["versions"]["torch"] == th.__version__.split("+")[0]
+    assert "HalfCheetah: gradient step" in capsys.readouterr().out
 
 
 def test_multimodal_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

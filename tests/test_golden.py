@@ -26,7 +26,7 @@ from torch import nn
 from sb3_mfpo import MFPO
 from sb3_mfpo.common import categorical, importance, mean_flow
 from sb3_mfpo.common.categorical import reduce_values
-from sb3_mfpo.common.divergence import exact_divergence, hutchinson_divergence, jacobian_vector_products
+from sb3_mfpo.common.divergence import exact_divergence, hutchinson_divergence
 from sb3_mfpo.common.torch_layers import FlowMLP, MultiInputMLP, fourier_features
 from sb3_mfpo.mfpo import mfpo as mfpo_module
 from sb3_mfpo.mfpo.mfpo import FlowDraws, GradientStepDraws
@@ -170,7 +170,7 @@ def forward_passes(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
         for i in range(2):
             out[f"fwd/{prefix}_{i + 1}/logits"] = critic.outputs(features, g["fwd/critic_act"])[i]
             out[f"fwd/{prefix}_{i + 1}/q"] = critic.q_values(features, g["fwd/critic_act"])[i]
-    norm = MultiInputMLP([1], 1, [len(g["ops/layernorm_scale"])], nn.Identity, layer_norm=True).body[0]
+    norm = MultiInputMLP([1], 0, 1, [len(g["ops/layernorm_scale"])], nn.Identity, layer_norm=True).body[0]
     norm.load_state_dict({"weight": g["ops/layernorm_scale"], "bias": g["ops/layernorm_bias"]})
     out["ops/layernorm_out"] = norm(g["ops/layernorm_in"])
     out["ops/gelu_out"] = model.policy.activation_fn()(g["ops/gelu_in"])
@@ -183,7 +183,8 @@ def sampling(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
     out = {"sample/noise_logp": mean_flow.standard_normal_log_prob(noise)}
     for steps in {int(name.split("/")[1][1:]) for name in g if re.match(r"sample/T\d+/", name)}:
         policy.sampling_steps = steps
-        before_clip, _ = mean_flow.few_step_sample(policy.actor, features, noise, policy.sampling_times)
+        velocity = policy.actor.network.on_grid(features, policy.time_shares()[0])
+        before_clip, _ = mean_flow.few_step_sample(velocity, noise, policy.sampling_times)
         out[f"sample/T{steps}/action_preclip"] = before_clip
         out[f"sample/T{steps}/action"], out[f"sample/T{steps}/logp"] = policy.sample(features, noise)
     return out
@@ -337,16 +338,18 @@ def actor_loss(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
     with th.no_grad():
         out["meanflow/u_pred"] = model.actor(features, noisy, t, t - r)
     velocity = g["snis/cdq/velocity"]
-    out["meanflow/du_dt"] = mean_flow.total_derivative(model.actor, features, noisy, t, r, velocity)
-    out["meanflow/target"] = mean_flow.mean_flow_target(model.actor, features, noisy, t, r, velocity, velocity)
+    _, push_forward = model.actor.network.linearize(features, noisy, t, t - r)
+    out["meanflow/du_dt"] = push_forward(velocity, th.ones_like(t))
+    out["meanflow/target"] = mean_flow.mean_flow_target(velocity, t - r, g["meanflow/du_dt"])
     out["meanflow/loss_per_row"] = (g["meanflow/u_pred"] - g["meanflow/target"]).square().mean(dim=1)
     # The shipped step, from proposals to gradient
     for reduction, loss_name in (("mean", "meanflow/mean_case/loss"), ("min", "meanflow/loss")):
         model = golden_model(n_equal=count_equal(t, r))
         model.critic_reduction = reduction
         draws = model._draw(meta("batch"))._replace(actor=FlowDraws(t, r, g["snis/noise"]), uniform=g["gprop/uniform01"])
+        features = model.actor.encode(g["batch/obs"])
         metrics = model._update_actor(
-            g["batch/obs"], g["snis/policy_actions"], g["snis/policy_logp"], draws, g["snis/temperature"]
+            g["batch/obs"], features, g["snis/policy_actions"], g["snis/policy_logp"], draws, g["snis/temperature"]
         )
         out[loss_name] = metrics["actor_loss"]
     for name, parameter in flax_parameters(model.actor.network).items():
@@ -361,19 +364,16 @@ def adn_loss(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
     out["adn_loss/noisy_actions"] = mean_flow.interpolate(g["adn_loss/clean_actions"], noise, t)
     noisy, probes = g["adn_loss/noisy_actions"], g["adn_loss/probes"].transpose(0, 1)
     with th.no_grad():
-
-        def field(points: th.Tensor) -> th.Tensor:
-            return model.actor.velocity(features, points, t)
-
-        products = jacobian_vector_products(field, noisy, probes)
+        out["adn_loss/velocity"], jacobian_product = model.actor.linearize_velocity(features, noisy, t)
+        products = jacobian_product(probes)
         out["adn_loss/probe_jvp"] = products.transpose(0, 1)
         out["adn_loss/divergence"] = hutchinson_divergence(probes, products)
-        out["adn_loss/divergence_exact"] = exact_divergence(field, noisy)
-        out["adn_loss/velocity"] = field(noisy)
+        out["adn_loss/divergence_exact"] = exact_divergence(jacobian_product, noisy)
         out["adn_loss/pred"] = model.divergence(features, noisy, t, t - r)
         velocity, divergence = g["adn_loss/velocity"], g["adn_loss/divergence"]
-        out["adn_loss/du_dt"] = mean_flow.total_derivative(model.divergence, features, noisy, t, r, velocity)
-        out["adn_loss/target"] = mean_flow.mean_flow_target(model.divergence, features, noisy, t, r, velocity, divergence)
+        _, push_forward = model.divergence.linearize(features, noisy, t, t - r)
+        out["adn_loss/du_dt"] = push_forward(velocity, th.ones_like(t))
+        out["adn_loss/target"] = mean_flow.mean_flow_target(divergence, t - r, g["adn_loss/du_dt"])
         out["adn_loss/loss_per_row"] = (g["adn_loss/pred"] - g["adn_loss/target"]).square().squeeze(1)
     # The shipped step
     draws = model._draw(meta("batch"))._replace(divergence=FlowDraws(t, r, noise), probes=probes)
@@ -448,7 +448,7 @@ def whole_update(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
     samples = record_calls(monkeypatch, model.policy, "sample")
     velocities = record_calls(monkeypatch, model, "_boltzmann_velocity")
     divergences = record_calls(monkeypatch, mfpo_module, "hutchinson_divergence")
-    metrics = model._gradient_step(batch, draws)
+    metrics = model._update(batch, draws)
 
     out["update/velocity"], out["update/divergence"] = velocities[0][0], divergences[0]
     out["update/metric/critic_loss_1"], out["update/metric/critic_loss_2"] = losses[0]

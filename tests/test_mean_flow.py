@@ -9,8 +9,7 @@ from scipy import stats
 
 from sb3_mfpo.common import mean_flow
 
-B, D, S = 64, 3, 2
-FEATURES = th.zeros(B, S)
+B, D = 64, 3
 
 
 def gaussian_velocity(actions: th.Tensor, t: th.Tensor, mean: float, std: float) -> th.Tensor:
@@ -33,15 +32,19 @@ def gaussian_average_velocity(actions: th.Tensor, t: th.Tensor, length: th.Tenso
     return (actions - start) / length
 
 
-def gaussian_flow(features, actions, t, length):
+def gaussian_flow(actions: th.Tensor, t: th.Tensor, length: th.Tensor) -> th.Tensor:
     return gaussian_average_velocity(actions, t, length, mean=0.3, std=0.2)
 
 
-def gaussian_average_divergence(features, actions, t, length):
+def gaussian_average_divergence(actions: th.Tensor, t: th.Tensor, length: th.Tensor) -> th.Tensor:
     """Divergence of a linear field is d times its slope; its time average is a difference of log scales."""
     r = t - length
     log_scale = [0.5 * ((1 - time) ** 2 * 0.2**2 + time**2).log() for time in (t, r)]
     return (actions.shape[-1] * (log_scale[0] - log_scale[1]) / length).expand(*actions.shape[:-1], 1)
+
+
+def on_grid(average: Any, times: th.Tensor) -> Any:
+    return lambda actions, k: average(actions, times[k], times[k] - times[k + 1])
 
 
 def test_times_are_ordered_logit_normal_pairs() -> None:
@@ -87,37 +90,20 @@ def test_identity_has_the_gaussian_averages_as_fixed_points(average: Any, instan
     r = t * (0.1 + 0.8 * th.rand(B, 1, generator=generator, dtype=th.float64))
     actions = th.randn(B, D, generator=generator, dtype=th.float64)
     velocity = gaussian_velocity(actions, t, mean=0.3, std=0.2)
-    target = mean_flow.mean_flow_target(average, FEATURES, actions, t, r, velocity, instantaneous(actions, t))
-    assert th.allclose(target, average(FEATURES, actions, t, t - r), atol=1e-9)
+    one = th.ones_like(t)
+    value, derivative = th.func.jvp(average, (actions, t, t - r), (velocity, one, one))
+    target = mean_flow.mean_flow_target(instantaneous(actions, t), t - r, derivative)
+    assert th.allclose(target, value, atol=1e-9)
 
 
-def test_skipping_equal_rows_changes_nothing() -> None:
-    normal = th.randn(B, 2, generator=th.Generator().manual_seed(1))
-    t, r = mean_flow.sample_times(normal, -0.4, 1.0, n_equal=B // 2)
-    velocity, actions = th.randn(B, D), th.randn(B, D)
-
-    def network(features, actions, t, length):
-        return th.sin(actions) * t + length * actions
-
-    full = mean_flow.mean_flow_target(network, FEATURES, actions, t, r, velocity, velocity)
-    for n_equal in (1, B // 2):
-        assert th.equal(mean_flow.mean_flow_target(network, FEATURES, actions, t, r, velocity, velocity, n_equal), full)
-    assert mean_flow.mean_flow_target(network, FEATURES, actions, t, t, velocity, velocity, B) is velocity
-
-
-def test_target_carries_no_gradient() -> None:
-    weight = th.ones(1, requires_grad=True)
-    t, r = th.full((B, 1), 0.7), th.full((B, 1), 0.2)
-    target = mean_flow.mean_flow_target(
-        lambda features, actions, t, length: weight * actions * t,
-        FEATURES,
-        th.randn(B, D),
-        t,
-        r,
-        th.randn(B, D),
-        th.ones(B, D),
-    )
-    assert not target.requires_grad
+def test_rows_without_a_derivative_have_the_instantaneous_value() -> None:
+    instantaneous, length, derivative = th.randn(B, D), th.rand(B, 1), th.randn(B, D)
+    full = mean_flow.mean_flow_target(instantaneous, length, derivative)
+    assert th.equal(full, instantaneous - length * derivative)
+    for n_equal in (1, B // 2, B):
+        target = mean_flow.mean_flow_target(instantaneous, length, derivative[n_equal:])
+        assert th.equal(target[:n_equal], instantaneous[:n_equal])
+        assert th.equal(target[n_equal:], full[n_equal:])
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
@@ -126,32 +112,23 @@ def test_few_steps_of_the_true_average_velocity_are_exact(steps: int) -> None:
     noise = th.randn(5_000, D, generator=th.Generator().manual_seed(0), dtype=th.float64)
     times = th.linspace(1, 0, steps + 1, dtype=th.float64)
     actions, log_prob = mean_flow.few_step_sample(
-        gaussian_flow, FEATURES[:1], noise, times, average_divergence=gaussian_average_divergence
+        on_grid(gaussian_flow, times), noise, times, on_grid(gaussian_average_divergence, times)
     )
     assert th.allclose(actions, 0.3 + 0.2 * noise, atol=1e-9)
     expected = th.as_tensor(stats.norm(0.3, 0.2).logpdf(actions.numpy())).sum(-1)
     assert th.allclose(log_prob, expected, atol=1e-9)
 
 
-def test_without_divergence_the_density_is_that_of_the_noise() -> None:
-    noise = th.randn(B, D)
-    _, log_prob = mean_flow.few_step_sample(gaussian_flow, FEATURES, noise, th.linspace(1, 0, 3))
-    assert th.allclose(log_prob, th.distributions.Normal(0.0, 1.0).log_prob(noise).sum(-1), atol=1e-5)
+def test_the_density_is_followed_only_with_a_divergence() -> None:
+    noise, times = th.randn(B, D), th.linspace(1, 0, 3)
+    velocity = on_grid(gaussian_flow, times)
+    actions, log_prob = mean_flow.few_step_sample(velocity, noise, times)
+    assert log_prob is None
+    with_density = mean_flow.few_step_sample(velocity, noise, times, lambda actions, k: th.zeros(B, 1))
+    assert th.equal(with_density[0], actions)
+    assert th.allclose(with_density[1], th.distributions.Normal(0.0, 1.0).log_prob(noise).sum(-1), atol=1e-5)
     assert math.isclose(
         mean_flow.standard_normal_log_prob(th.zeros(1, 2)).item(),
         stats.multivariate_normal([0, 0]).logpdf([0, 0]),
         rel_tol=1e-6,
     )
-
-
-def test_state_features_broadcast_over_samples() -> None:
-    """Features (B, 1, S) serve K noises each."""
-    features, noise = th.randn(4, 1, S), th.randn(4, 5, D)
-
-    def network(features, actions, t, length):
-        return actions * features.sum(-1, keepdim=True) + t
-
-    actions, log_prob = mean_flow.few_step_sample(network, features, noise, th.linspace(1, 0, 3))
-    one_by_one = [mean_flow.few_step_sample(network, features[:, 0], noise[:, k], th.linspace(1, 0, 3))[0] for k in range(5)]
-    assert th.allclose(actions, th.stack(one_by_one, dim=1), atol=1e-6)
-    assert log_prob.shape == (4, 5)

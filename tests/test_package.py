@@ -16,6 +16,8 @@ ALLOWED = {
     **{module: {"torch"} for module in MATHS},
     "common/torch_layers": {"torch"},
     "common/checks": {"numpy"},
+    "common/acceleration": {"torch"},
+    "common/buffers": {"numpy", "stable_baselines3"},
     "common/policies": {"torch", "numpy", "gymnasium", "stable_baselines3", "sb3_mfpo.common"},
     "mfpo/policies": {"torch", "gymnasium", "stable_baselines3", "sb3_mfpo.common"},
     "mfpo/mfpo": {"torch", "numpy", "gymnasium", "stable_baselines3", "sb3_mfpo.common", "sb3_mfpo.mfpo.policies"},

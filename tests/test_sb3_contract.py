@@ -355,7 +355,7 @@ def test_sampling_steps_can_be_changed_without_retraining(steps: int) -> None:
     model.policy.n_action_candidates = steps + 2
     assert model.policy.sampling_steps == steps
     calls = []
-    handle = model.actor.register_forward_hook(lambda *args: calls.append(None))
+    handle = model.actor.network.mlp.body.register_forward_hook(lambda *args: calls.append(None))
     for deterministic in (False, True):
         calls.clear()
         action, _ = model.predict(observations_for(model, 1), deterministic=deterministic)
@@ -399,7 +399,11 @@ def test_log_probability_integrates_to_one_with_exact_divergence() -> None:
     noise = th.randn(n, 2, generator=th.Generator().manual_seed(0))
     features = policy.actor.encode(th.zeros(1, 3))
     with th.no_grad():
-        actions, log_prob = few_step_sample(policy.actor, features, noise, policy.sampling_times, policy.divergence)
+        velocity, divergence = (
+            network.on_grid(features, shares)
+            for network, shares in zip((policy.actor.network, policy.divergence), policy.time_shares(), strict=True)
+        )
+        actions, log_prob = few_step_sample(velocity, noise, policy.sampling_times, divergence)
     reference = th.distributions.Normal(0.0, 0.5).log_prob(actions).sum(-1)
     ratio = (reference - log_prob).exp()
     assert abs(ratio.mean().item() - 1) < 4 * (ratio.std() / n**0.5).item() + 0.01
@@ -475,7 +479,7 @@ def test_policy_delay_and_target_update_interval() -> None:
 
     for update in range(1, 13):
         before = snapshot()
-        model._gradient_step(batch, model._draw(8))
+        model._gradient_step(batch)
         critic, actor, divergence, target, temperature = (
             not th.equal(old, new) for old, new in zip(before, snapshot(), strict=True)
         )
@@ -488,7 +492,7 @@ def test_polyak_average() -> None:
     model = make_model(tau=0.1)
     model.learn(10)
     old = [parameter.clone() for parameter in model.critic_target.parameters()]
-    model._gradient_step(model.replay_buffer.sample(8), model._draw(8))
+    model._gradient_step(model.replay_buffer.sample(8))
     for before, after, online in zip(old, model.critic_target.parameters(), model.critic.parameters(), strict=True):
         assert th.allclose(after, 0.9 * before + 0.1 * online, atol=1e-6)
 
@@ -752,7 +756,7 @@ def test_without_divergence_network_nothing_of_it_is_trained() -> None:
     assert "divergence.optimizer" not in model.get_parameters()
     # d = 2: the exact trace by automatic differentiation of the velocity itself
     features, point, t = th.randn(1, 3), th.randn(1, 2), th.full((1, 1), 0.6)
-    jacobian = th.autograd.functional.jacobian(lambda a: model.actor.velocity(features, a, t)[0], point)[:, 0]
+    jacobian = th.autograd.functional.jacobian(lambda a: model.actor(features, a, t, th.zeros_like(t))[0], point)[:, 0]
     assert th.allclose(model.divergence(features, point, t, t).squeeze(), jacobian.trace(), atol=1e-5)
 
 
@@ -764,7 +768,7 @@ def test_scalar_critic_regresses_on_the_soft_value() -> None:
     model.learn(10)
     batch = model.replay_buffer.sample(8)
     for _ in range(300):
-        model._gradient_step(batch, model._draw(8))
+        model._gradient_step(batch)
     predicted = th.cat(model.critic(batch.observations, batch.actions), dim=1)
     assert th.allclose(predicted, batch.rewards.expand(8, 2), atol=0.1)
 

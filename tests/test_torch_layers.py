@@ -1,12 +1,15 @@
 """Networks: the fast paths equal the plain formulation."""
 
+from collections.abc import Callable
+
 import pytest
 import torch as th
 from torch import nn
 from torch.nn import functional as F
 
 from sb3_mfpo.common import torch_layers
-from sb3_mfpo.common.torch_layers import FlowMLP, MultiInputMLP, TanhGELU, fourier_features
+from sb3_mfpo.common.torch_layers import FlowMLP, MultiInputMLP, TanhGELU, fourier_features, in_chunks
+from tests.helpers import make_model
 
 
 def plain(mlp: MultiInputMLP, *inputs: th.Tensor) -> th.Tensor:
@@ -19,15 +22,16 @@ def plain(mlp: MultiInputMLP, *inputs: th.Tensor) -> th.Tensor:
 
 
 @pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("bias_input", [0, 1, 2])
 @pytest.mark.parametrize(
     "shapes",
-    [[(5,), (5,), (5,)], [(5, 7), (5, 1), (1,)], [(700, 5), (700, 1), (1,)], [(700, 5), (1, 5), ()], [(4000,), (1,), (4000,)]],
+    [[(5,), (5,), (5,)], [(5, 7), (5, 1), (1,)], [(700, 5), (700, 1), (1,)], [(700, 5), (1, 5), ()]],
     ids=str,
 )
-def test_inputs_broadcast_like_a_concatenation(shapes: list[tuple[int, ...]], grad: bool) -> None:
-    """With fewer and with more rows than fit into the cache; 700 is no multiple of a chunk."""
+def test_inputs_broadcast_like_a_concatenation(shapes: list[tuple[int, ...]], bias_input: int, grad: bool) -> None:
     th.manual_seed(0)
-    mlp = MultiInputMLP([3, 4, 2], 6, [64, 32], TanhGELU, layer_norm=True)
+    mlp = MultiInputMLP([3, 4, 2], bias_input, 6, [64, 32], TanhGELU, layer_norm=True)
+    nn.init.normal_(mlp.input_layer.bias)
     inputs = [th.randn(*shape, dim) for shape, dim in zip(shapes, [3, 4, 2], strict=True)]
     with th.set_grad_enabled(grad):
         output = mlp(*inputs)
@@ -36,14 +40,164 @@ def test_inputs_broadcast_like_a_concatenation(shapes: list[tuple[int, ...]], gr
     assert th.allclose(output, plain(mlp, *inputs), atol=5e-6)
 
 
-def test_rows_are_cut_into_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    mlp = MultiInputMLP([3], 6, [8], TanhGELU, layer_norm=True)
+@pytest.mark.parametrize("n_points", [1, 3, 60])
+@pytest.mark.parametrize("shared", [False, True])
+def test_chunks_change_nothing(n_points: int, shared: bool) -> None:
+    """50 states, or one, with few and with many points each; 60 x 50 is no multiple of a chunk."""
+    features, points = th.randn(1 if shared else 50, 1, 3), th.randn(50, n_points, 2)
     rows: list[int] = []
-    monkeypatch.setattr(mlp, "_forward", lambda value: rows.append(value.shape[:-1].numel()) or value)
+
+    def function(features: th.Tensor, points: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        rows.append(points.shape[:-1].numel())
+        return features.sum(-1) * points[..., 0], points * 2
+
     with th.no_grad():
-        mlp(th.randn(2000, 3, 3))
-    assert sum(rows) == 6000
-    assert max(rows) <= torch_layers.CACHED_ROWS and len(rows) == 4
+        first, second = in_chunks(function, features, points)
+        assert th.equal(in_chunks(lambda *chunk: function(*chunk)[0], features, points), first)
+    assert th.equal(first, features.sum(-1) * points[..., 0]) and th.equal(second, points * 2)
+    assert max(rows) <= torch_layers.CACHED_ROWS
+    assert len(rows) == 2 * -(-50 // (torch_layers.CACHED_ROWS // n_points))
+
+
+def test_chunks_are_not_cut_where_a_gradient_is_needed() -> None:
+    points = th.randn(5000, 2, requires_grad=True)
+    in_chunks(lambda features, points: points.square(), th.zeros(1, 1), points).sum().backward()
+    assert th.allclose(points.grad, 2 * points)
+
+
+ACTIVATIONS = [TanhGELU, nn.Tanh, nn.PReLU, lambda: nn.GELU(approximate="tanh")]
+
+
+@pytest.mark.parametrize("layer_norm", [True, False])
+@pytest.mark.parametrize("activation_fn", ACTIVATIONS, ids=["TanhGELU", "Tanh", "PReLU", "GELU"])
+@pytest.mark.parametrize("instantaneous", [True, False])
+def test_tangents_are_those_of_forward_mode(
+    activation_fn: Callable[[], nn.Module], layer_norm: bool, instantaneous: bool
+) -> None:
+    """Along the flow for the last rows, and for several vectors per point; double precision."""
+    th.manual_seed(0)
+    network = FlowMLP(4, 3, 2, [16, 12], activation_fn, layer_norm, 8, 6, instantaneous).double()
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    features, actions, t = th.randn(9, 4).double(), th.randn(9, 3).double(), th.rand(9, 1).double()
+    length, one = t * th.rand(9, 1).double(), th.ones(4, 1).double()
+    velocity, probes = th.randn(4, 3).double(), th.randn(2, 9, 3).double()
+
+    output, push_forward = network.linearize(features, actions, t, length)
+    assert output.requires_grad and th.allclose(output, network(features, actions, t, length), atol=1e-12)
+    rows = slice(5, None)
+    along = push_forward(velocity, one, rows=rows)
+    _, expected = th.func.jvp(
+        lambda a, t, length: network(features[rows], a, t, length),
+        (actions[rows], t[rows], length[rows]),
+        (velocity, one, one),
+    )
+    assert not along.requires_grad and th.allclose(along, expected, atol=1e-12)
+    products = push_forward(probes)
+    for probe, product in zip(probes, products, strict=True):
+        _, expected = th.func.jvp(lambda a: network(features, a, t, length), (actions,), (probe,))
+        assert th.allclose(product, expected, atol=1e-12)
+
+
+def test_the_linearised_output_has_the_gradient_of_forward() -> None:
+    """The tangents read the activations and leave them as they are."""
+    th.manual_seed(0)
+    network = FlowMLP(4, 3, 2, [16, 12], TanhGELU, True, 8, 6, instantaneous=False)
+    inputs = th.randn(9, 4), th.randn(9, 3), th.rand(9, 1), th.rand(9, 1)
+    network(*inputs).square().sum().backward()
+    expected = [parameter.grad for parameter in network.parameters()]
+    network.zero_grad()
+    output, push_forward = network.linearize(*inputs)
+    push_forward(th.randn(9, 3), th.ones(9, 1))
+    output.square().sum().backward()
+    for parameter, gradient in zip(network.parameters(), expected, strict=True):
+        assert th.allclose(parameter.grad, gradient, atol=1e-5)
+
+
+def test_points_of_one_state_have_tangents_of_their_own() -> None:
+    """Features (B, 1, S) and one time serve K points each."""
+    network = FlowMLP(4, 3, 3, [16, 12], TanhGELU, True, 8, 6, instantaneous=False)
+    features, actions, t, vectors = th.randn(5, 1, 4), th.randn(5, 7, 3), th.rand(1), th.randn(2, 5, 7, 3)
+    products = network.linearize(features, actions, t, t)[1](vectors)
+    flat = network.linearize(features.expand(5, 7, 4).flatten(0, 1), actions.flatten(0, 1), t.expand(35, 1), t.expand(35, 1))
+    assert th.allclose(products.flatten(1, 2), flat[1](vectors.flatten(1, 2)), atol=1e-5)
+
+
+def test_a_grid_of_times_is_the_network_step_by_step() -> None:
+    network = FlowMLP(4, 3, 2, [16, 12], TanhGELU, True, 8, 6, instantaneous=False)
+    features, actions, times = th.randn(5, 1, 4), th.randn(5, 7, 3), th.tensor([1.0, 0.7, 0.3, 0.0])
+    average = network.on_grid(features, network.time_shares(times))
+    for k, (t, r) in enumerate([(1.0, 0.7), (0.7, 0.3), (0.3, 0.0)]):
+        expected = network(features, actions, th.tensor([t]), th.tensor([t - r]))
+        assert th.allclose(average(actions, k), expected, atol=1e-5)
+
+
+def fused_step(network: FlowMLP) -> None:
+    optimizer = th.optim.Adam(network.parameters(), lr=0.1, fused=True)
+    for parameter in network.parameters():
+        parameter.grad = th.ones_like(parameter)
+    optimizer.step()
+
+
+def polyak(network: FlowMLP) -> None:
+    for parameter in network.parameters():
+        parameter.data.mul_(0.9).add_(0.01)
+
+
+def load(network: FlowMLP) -> None:
+    network.load_state_dict({name: value + 0.1 for name, value in network.state_dict().items()})
+
+
+def edit(network: FlowMLP) -> None:
+    with th.no_grad():
+        network.length_embedding.mlp[2].weight[3, 2] += 1
+
+
+def replace(network: FlowMLP) -> None:
+    nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(network.parameters()) + 0.1, network.parameters())
+
+
+@pytest.mark.parametrize("change", [fused_step, polyak, load, edit, replace], ids=lambda change: change.__name__)
+def test_what_is_remembered_of_the_times_follows_the_weights(
+    change: Callable[[FlowMLP], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fused optimizers and writes to `.data` leave no trace in a tensor's version."""
+    network = FlowMLP(4, 3, 2, [16, 12], TanhGELU, True, 8, 6, instantaneous=False)
+    times = th.linspace(1, 0, 3)
+    calls: list[None] = []
+    network.time_embedding.register_forward_hook(lambda *args: calls.append(None))
+    with th.no_grad():
+        for _ in range(3):
+            before = network.remembered_time_shares(times)
+        assert len(calls) == 1
+        change(network)
+        after = network.remembered_time_shares(times)
+        assert len(calls) == 2
+        assert not th.allclose(before, after, atol=1e-3)
+        assert th.equal(after, network.time_shares(times))
+        assert network.remembered_time_shares(th.linspace(1, 0, 5)).shape == (4, 16)
+    assert network.remembered_time_shares(times).requires_grad
+
+
+def test_remembered_times_act_like_new_ones() -> None:
+    """On a trained model, before and after training goes on, in a copy, and with other sampling steps."""
+    model = make_model().learn(30)
+    observation = th.zeros(4, 3)
+
+    def check(policy) -> None:
+        noise = th.randn(4, 2)
+        features = policy.actor.encode(observation)
+        with th.no_grad():
+            assert th.allclose(policy.act(features, noise), policy.sample(features, noise)[0], atol=1e-6)
+
+    check(model.policy)
+    check(model.policy)
+    model.learn(10, reset_num_timesteps=False)
+    check(model.policy)
+    model.policy.sampling_steps = 5
+    check(model.policy)
+    model.policy.load_state_dict(make_model(seed=3).policy.state_dict())
+    check(model.policy)
 
 
 def test_gelu_is_the_same_function_on_both_paths() -> None:
@@ -51,11 +205,7 @@ def test_gelu_is_the_same_function_on_both_paths() -> None:
     expected = F.gelu(x.double(), approximate="tanh")
     with th.no_grad():
         assert (TanhGELU()(x) - expected).abs().max() < 2e-6
-        # Derivatives go through the fast path as well
-        _, fast = th.func.jvp(TanhGELU(), (x,), (th.ones_like(x),))
-    _, slow = th.func.jvp(lambda x: F.gelu(x, approximate="tanh"), (x,), (th.ones_like(x),))
-    assert th.allclose(fast, slow, atol=2e-6)
-    assert th.isfinite(fast).all()
+        assert th.isfinite(TanhGELU()(1e4 * x)).all()
 
 
 def test_fourier_features_are_cosines_then_sines() -> None:

@@ -34,7 +34,7 @@ def check_range(name: str, value: Any, low: float = -math.inf, high: float = mat
         raise ValueError(f"`{name}` must be finite, not {value!r}.")
 
 
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     """
     :param name: Name of the argument, for the message
     :param value: Its value

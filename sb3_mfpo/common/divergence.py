@@ -6,19 +6,8 @@ from collections.abc import Callable
 
 import torch as th
 
-VectorField = Callable[[th.Tensor], th.Tensor]
-
-
-def jacobian_vector_products(field: VectorField, points: th.Tensor, vectors: th.Tensor) -> th.Tensor:
-    """
-    Products of a field's Jacobian with several vectors per point.
-
-    :param field: Maps points (..., d) to vectors (..., d), each by itself
-    :param points: shape (..., d)
-    :param vectors: N vectors for every point, shape (N, ..., d)
-    :return: (d field / d point) @ vector, shape (N, ..., d)
-    """
-    return th.func.vmap(lambda vector: th.func.jvp(field, (points,), (vector,))[1])(vectors)
+# Multiplies a field's Jacobian at some points, shape (..., d), by vectors there, shape (N, ..., d)
+JacobianProduct = Callable[[th.Tensor], th.Tensor]
 
 
 def hutchinson_divergence(vectors: th.Tensor, products: th.Tensor) -> th.Tensor:
@@ -33,15 +22,15 @@ def hutchinson_divergence(vectors: th.Tensor, products: th.Tensor) -> th.Tensor:
     return (vectors * products).sum(dim=-1, keepdim=True).mean(dim=0)
 
 
-def exact_divergence(field: VectorField, points: th.Tensor) -> th.Tensor:
+def exact_divergence(jacobian_product: JacobianProduct, points: th.Tensor) -> th.Tensor:
     """
-    Trace of the field's Jacobian, at the cost of d Jacobian-vector products.
+    Trace of a field's Jacobian, at the cost of d Jacobian-vector products.
 
-    :param field: Maps points (..., d) to vectors (..., d), each by itself
+    :param jacobian_product: Product of the Jacobian at ``points`` with N vectors for every point, (N, ..., d) to (N, ..., d)
     :param points: shape (..., d)
     :return: Divergence, shape (..., 1)
     """
     d = points.shape[-1]
     basis = th.eye(d, dtype=points.dtype, device=points.device).reshape(d, *(1,) * (points.dim() - 1), d)
     basis = basis.expand(d, *points.shape)
-    return (basis * jacobian_vector_products(field, points, basis)).sum(dim=-1, keepdim=True).sum(dim=0)
+    return (basis * jacobian_product(basis)).sum(dim=-1, keepdim=True).sum(dim=0)

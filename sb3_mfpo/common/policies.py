@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sb3_mfpo.common import categorical
-from sb3_mfpo.common.torch_layers import MultiInputMLP, init_linear_layers
+from sb3_mfpo.common.torch_layers import MultiInputMLP, in_chunks, init_linear_layers
 
 
 def spread_noise(n_points: int, dim: int) -> th.Tensor:
@@ -100,7 +100,7 @@ class Critic(FeaturesModel):
         super().__init__(observation_space, action_space, features_extractor, normalize_images)
         self.share_features_extractor = share_features_extractor
         self.q_networks = nn.ModuleList(
-            MultiInputMLP([features_dim, get_action_dim(action_space)], output_dim, net_arch, activation_fn, layer_norm)
+            MultiInputMLP([features_dim, get_action_dim(action_space)], 0, output_dim, net_arch, activation_fn, layer_norm)
             for _ in range(n_critics)
         )
         init_linear_layers(self.q_networks)
@@ -127,12 +127,24 @@ class Critic(FeaturesModel):
         """
         return tuple(self.q_values(self.encode(observations), actions).unsqueeze(-1))
 
-    @abstractmethod
     def q_values(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
         """
-        :param features: State features, shape (..., features_dim)
-        :param actions: Actions in [-1, 1], shape (..., d)
-        :return: Expected soft returns, shape (n_critics, ...)
+        :param features: State features, shape (B, ..., features_dim)
+        :param actions: Actions in [-1, 1], shape (B, ..., d)
+        :return: Expected soft returns, shape (n_critics, B, ...)
+        """
+
+        def values(features: th.Tensor, actions: th.Tensor) -> th.Tensor:
+            # The critics come last, so that chunks can be put together along the first dimension
+            return th.stack([self.expected_return(q_network(features, actions)) for q_network in self.q_networks], dim=-1)
+
+        return in_chunks(values, features, actions).movedim(-1, 0)
+
+    @abstractmethod
+    def expected_return(self, outputs: th.Tensor) -> th.Tensor:
+        """
+        :param outputs: Raw outputs, shape (..., output_dim)
+        :return: Expected soft returns, shape (...)
         """
 
     @abstractmethod
@@ -181,8 +193,8 @@ class CategoricalCritic(Critic):
         super().__init__(output_dim=len(atoms), **kwargs)
         self.register_buffer("atoms", atoms)
 
-    def q_values(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
-        return categorical.expected_value(self.outputs(features, actions).softmax(dim=-1), self.atoms)
+    def expected_return(self, outputs: th.Tensor) -> th.Tensor:
+        return categorical.expected_value_of_logits(outputs, self.atoms)
 
     def bellman_target(
         self,
@@ -201,8 +213,8 @@ class CategoricalCritic(Critic):
     def loss(self, features: th.Tensor, actions: th.Tensor, target: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         logits = self.outputs(features, actions)
         with th.no_grad():
-            q_values = categorical.expected_value(logits.softmax(dim=-1), self.atoms)
-        return categorical.cross_entropy(logits, target).sum(), q_values.mean()
+            q_value = self.expected_return(logits).mean()
+        return categorical.cross_entropy(logits, target).sum(), q_value
 
 
 class ScalarCritic(Critic):
@@ -215,8 +227,8 @@ class ScalarCritic(Critic):
     def __init__(self, **kwargs: Any):
         super().__init__(output_dim=1, **kwargs)
 
-    def q_values(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
-        return self.outputs(features, actions).squeeze(-1)
+    def expected_return(self, outputs: th.Tensor) -> th.Tensor:
+        return outputs.squeeze(-1)
 
     def bellman_target(
         self,

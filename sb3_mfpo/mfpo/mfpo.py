@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
@@ -27,11 +28,14 @@ from stable_baselines3.common.type_aliases import (
 from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
 from stable_baselines3.common.vec_env import VecEnv
 from torch.nn import functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sb3_mfpo.common import importance, mean_flow
+from sb3_mfpo.common.acceleration import StepRunner, onednn_matmul, onednn_matmul_is_exact
+from sb3_mfpo.common.buffers import store_as_float32
 from sb3_mfpo.common.categorical import reduce_values
 from sb3_mfpo.common.checks import check_choice, check_finite, check_integer, check_range
-from sb3_mfpo.common.divergence import hutchinson_divergence, jacobian_vector_products
+from sb3_mfpo.common.divergence import hutchinson_divergence
 from sb3_mfpo.common.policies import Critic
 from sb3_mfpo.mfpo.policies import (
     CRITIC_REDUCTIONS,
@@ -45,6 +49,11 @@ from sb3_mfpo.mfpo.policies import (
 )
 
 SelfMFPO = TypeVar("SelfMFPO", bound="MFPO")
+TimeShares = tuple[th.Tensor, th.Tensor]
+
+
+# In the order in which a gradient step looks at them
+LOSSES = ("critic_loss", "actor_loss", "divergence_loss", "ent_coef_loss")
 
 
 class FlowDraws(NamedTuple):
@@ -138,6 +147,10 @@ class MFPO(OffPolicyAlgorithm):
     :param critic_reduction: "min" or "mean" over the critics, in targets, velocity estimate and choice of action (the authors
         use "mean" for HalfCheetah, "min" for the other MuJoCo tasks)
     :param policy_delay: Update actor, divergence network and temperature every so many gradient steps
+    :param compile_step: Whether to compile the gradient step with ``torch.compile`` and, on a CUDA device, to capture it into
+        CUDA graphs. The first steps then take minutes; the results are the same up to rounding.
+    :param onednn_matmul: Whether oneDNN multiplies matrices in the gradient step on a CPU; faster on AMD processors. Has no
+        effect, and warns, where the products would be rounded to bfloat16.
     :raises ValueError: If an argument is out of range; the message names it
     """
 
@@ -196,6 +209,8 @@ class MFPO(OffPolicyAlgorithm):
         time_std: float = 1.0,
         critic_reduction: str = "min",
         policy_delay: int = 1,
+        compile_step: bool = False,
+        onednn_matmul: bool = False,
     ):
         if use_sde:
             raise ValueError(
@@ -239,6 +254,8 @@ class MFPO(OffPolicyAlgorithm):
         self.time_std = time_std
         self.critic_reduction = critic_reduction
         self.policy_delay = policy_delay
+        self.compile_step = compile_step
+        self.onednn_matmul = onednn_matmul
         self.log_ent_coef: th.Tensor | None = None
         self.ent_coef_optimizer: th.optim.Optimizer | None = None
         self._rollout_timesteps = 0
@@ -263,6 +280,8 @@ class MFPO(OffPolicyAlgorithm):
         check_range("time_mean", self.time_mean)
         check_range("time_std", self.time_std, low=0)
         check_choice("critic_reduction", self.critic_reduction, CRITIC_REDUCTIONS)
+        for name in ("compile_step", "onednn_matmul"):
+            check_choice(name, getattr(self, name), (True, False))
         if self.n_policy_samples + self.n_gaussian_samples == 0:
             raise ValueError("`n_policy_samples` and `n_gaussian_samples` are both 0: the velocity estimate needs a proposal.")
         parse_ent_coef(self.ent_coef)
@@ -294,8 +313,11 @@ class MFPO(OffPolicyAlgorithm):
     def _setup_model(self) -> None:
         self._check_arguments()
         super()._setup_model()
+        store_as_float32(self.replay_buffer)  # type: ignore[arg-type]
         self.policy.critic_reduction = self.critic_reduction
         self._create_aliases()
+        self._runner = StepRunner(self.device, self.compile_step)
+        self._uses_onednn = self._check_onednn()
         self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
         self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
         self.target_entropy = parse_target_entropy(self.target_entropy, self.action_space)
@@ -303,9 +325,21 @@ class MFPO(OffPolicyAlgorithm):
         if learned:
             # The logarithm is learned, so that the temperature stays positive
             self.log_ent_coef = th.log(th.ones(1, device=self.device) * value).requires_grad_(True)
-            self.ent_coef_optimizer = th.optim.Adam([self.log_ent_coef], lr=self.lr_schedule(1))
+            self.ent_coef_optimizer = th.optim.Adam([self.log_ent_coef], lr=self.lr_schedule(1), fused=True)
         else:
             self.ent_coef_tensor = th.tensor(value, device=self.device)
+
+    def _check_onednn(self) -> bool:
+        if not self.onednn_matmul or self.device.type != "cpu":
+            return False
+        if not onednn_matmul_is_exact():
+            warnings.warn(
+                "`onednn_matmul=True` has no effect here: on this processor (or with this PyTorch) oneDNN would round the "
+                "products to bfloat16. Remove the argument.",
+                stacklevel=4,
+            )
+            return False
+        return True
 
     def _create_aliases(self) -> None:
         self.actor = self.policy.actor
@@ -366,20 +400,41 @@ class MFPO(OffPolicyAlgorithm):
 
         :param gradient_steps: Number of gradient steps
         :param batch_size: Minibatch size
-        :raises ValueError: If a loss is NaN or infinite; the step's weights are then untouched
+        :raises ValueError: If a loss is NaN or infinite; the step is then not taken. On a CPU it is noticed at once; on other
+            devices, which a look at every loss would stall, at the end of the call, all steps from that one on being skipped.
         """
         # This affects batch normalisation and dropout
         self.policy.set_training_mode(True)
         self._update_learning_rate(self._optimizers())
+        self._runner.failed.zero_()
 
-        history: dict[str, list[th.Tensor]] = defaultdict(list)
-        for _ in range(gradient_steps):
-            batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
-            for name, value in self._gradient_step(batch, self._draw(batch_size)).items():
-                history[name].append(value)
+        history = []
+        with onednn_matmul(self._uses_onednn):
+            for _ in range(gradient_steps):
+                batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
+                history.append(self._gradient_step(batch))
+        self._log(self._read(history), gradient_steps)
 
-        metrics = {name: th.stack(values).mean().item() for name, values in history.items()}
-        self._log(metrics, gradient_steps)
+    def _gradient_step(self, batch: ReplayBufferSamples) -> dict[str, th.Tensor]:
+        """
+        :param batch: Sample of a replay buffer
+        :return: Quantities to log by name, scalars without gradient
+        """
+        self._n_updates += 1
+        flags = (self._n_updates % self.target_update_interval == 0, self._n_updates % self.policy_delay == 0)
+        return self._runner.run(self._draw_and_update, batch, flags, self._settings())
+
+    def _draw_and_update(self, batch: ReplayBufferSamples, update_target: bool, improve_policy: bool) -> dict[str, th.Tensor]:
+        return self._update(batch, self._draw(len(batch.actions)), update_target, improve_policy)
+
+    def _settings(self) -> tuple[Any, ...]:
+        """
+        :return: All that a gradient step reads from this object and that is no tensor
+        """
+        return (
+            *(self.gamma, self.tau, self.n_policy_samples, self.n_gaussian_samples, self.n_probes, self.equal_time_share),
+            *(self.time_mean, self.time_std, self.critic_reduction, self.target_entropy, self.policy.sampling_steps),
+        )
 
     def _optimizers(self) -> list[th.optim.Optimizer]:
         optimizers = [self.actor.optimizer, self.critic.optimizer]
@@ -388,6 +443,33 @@ class MFPO(OffPolicyAlgorithm):
         if self.ent_coef_optimizer is not None:
             optimizers.append(self.ent_coef_optimizer)
         return optimizers
+
+    def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
+        super()._update_learning_rate(optimizers)
+        self._runner.prepare(optimizers if isinstance(optimizers, list) else [optimizers])
+
+    def _read(self, history: list[dict[str, th.Tensor]]) -> dict[str, float]:
+        """
+        Bring what the gradient steps have recorded to the CPU, all at once: every transfer waits for the device.
+
+        :param history: Quantities by name, for every step
+        :return: Their means
+        :raises ValueError: If a loss was NaN or infinite
+        """
+        tensors = [self._runner.failed, *(value for metrics in history for value in metrics.values())]
+        failed, *values = th.stack(tensors).tolist()
+        columns, remaining = defaultdict(list), iter(values)
+        for metrics in history:
+            for name in metrics:
+                columns[name].append(next(remaining))
+        if failed:
+            self._n_updates -= len(history)
+            for metrics in history:
+                self._n_updates += 1
+                for name in LOSSES:
+                    if name in metrics:
+                        self._raise_if_not_finite(name, metrics[name])
+        return {name: float(np.mean(column)) for name, column in columns.items()}
 
     def _log(self, metrics: dict[str, float], gradient_steps: int) -> None:
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
@@ -428,21 +510,31 @@ class MFPO(OffPolicyAlgorithm):
             probes=normal(self.n_probes, batch_size, d),
         )
 
-    def _gradient_step(self, batch: ReplayBufferSamples, draws: GradientStepDraws) -> dict[str, th.Tensor]:
+    def _update(
+        self,
+        batch: ReplayBufferSamples,
+        draws: GradientStepDraws,
+        update_target: bool = True,
+        improve_policy: bool = True,
+    ) -> dict[str, th.Tensor]:
         """
-        One step of the critics, and every ``policy_delay`` steps of the policy.
+        One step of the critics and, if asked for, of their targets and of the policy.
 
         :param batch: Sample of a replay buffer
         :param draws: The step's randomness
+        :param update_target: Whether the target critics follow
+        :param improve_policy: Whether to update actor, divergence network and temperature
         :return: Quantities to log by name, scalars without gradient
         """
-        self._n_updates += 1
         ent_coef = self._temperature()
-        metrics = {"ent_coef": ent_coef} | self._update_critic(batch, draws, ent_coef)
-        if self._n_updates % self.target_update_interval == 0:
+        with th.no_grad():
+            # For both samplings: the actor changes after them
+            time_shares = self.policy.time_shares()
+        metrics = {"ent_coef": ent_coef} | self._update_critic(batch, draws, ent_coef, time_shares)
+        if update_target:
             self._update_target()
-        if self._n_updates % self.policy_delay == 0:
-            metrics |= self._improve_policy(batch.observations, draws, ent_coef)
+        if improve_policy:
+            metrics |= self._improve_policy(batch.observations, draws, ent_coef, time_shares)
         return metrics
 
     def _temperature(self) -> th.Tensor:
@@ -451,20 +543,28 @@ class MFPO(OffPolicyAlgorithm):
         return self.log_ent_coef.detach().exp().squeeze()
 
     def _update_critic(
-        self, batch: ReplayBufferSamples, draws: GradientStepDraws, ent_coef: th.Tensor
+        self, batch: ReplayBufferSamples, draws: GradientStepDraws, ent_coef: th.Tensor, time_shares: TimeShares
     ) -> dict[str, th.Tensor]:
+        loss, metrics = self._runner.compiled(self._critic_loss)(batch, draws.next_noise, ent_coef, time_shares)
+        self._optimize("critic_loss", loss, self.critic.optimizer)
+        return {"critic_loss": loss.detach()} | metrics
+
+    def _critic_loss(
+        self, batch: ReplayBufferSamples, next_noise: th.Tensor, ent_coef: th.Tensor, time_shares: TimeShares
+    ) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         """
-        Regress the critics on the soft Bellman target (Eq. 29).
+        Regression of the critics on the soft Bellman target (Eq. 29).
 
         :param batch: Sample of a replay buffer
-        :param draws: The step's randomness
+        :param next_noise: Starts the next actions, shape (B, d)
         :param ent_coef: Temperature
-        :return: Quantities to log
+        :param time_shares: Of the policy
+        :return: Loss; quantities to log
         """
         # n-step buffers bring their own discounts, gamma to the number of steps that were summed
         discounts = (1 - batch.dones) * (self.gamma if batch.discounts is None else batch.discounts)
         with th.no_grad():
-            next_actions, log_prob = self.policy.sample(self.actor.encode(batch.next_observations), draws.next_noise)
+            next_actions, log_prob = self.policy.sample(self.actor.encode(batch.next_observations), next_noise, time_shares)
             target, clipped = self.critic_target.bellman_target(
                 self.critic_target.encode(batch.next_observations),
                 next_actions,
@@ -473,49 +573,74 @@ class MFPO(OffPolicyAlgorithm):
                 -ent_coef * log_prob.unsqueeze(1),
                 self.critic_reduction,
             )
-
         loss, q_value = self.critic.loss(self.critic.encode(batch.observations), batch.actions, target)
-        self._optimize("critic_loss", loss, self.critic.optimizer)
-        return {"critic_loss": loss.detach(), "q_value": q_value, "clipped_target_mass": clipped}
+        return loss, {"q_value": q_value, "clipped_target_mass": clipped}
 
     def _update_target(self) -> None:
-        polyak_update(self.critic.parameters(), self.critic_target.parameters(), self.tau)
+        get_ema_multi_avg_fn(1 - self.tau)(list(self.critic_target.parameters()), list(self.critic.parameters()), None)
         # Running statistics of batch normalisation are copied, as in SAC
         polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
 
-    def _improve_policy(self, observations: PyTorchObs, draws: GradientStepDraws, ent_coef: th.Tensor) -> dict[str, th.Tensor]:
+    def _improve_policy(
+        self, observations: PyTorchObs, draws: GradientStepDraws, ent_coef: th.Tensor, time_shares: TimeShares
+    ) -> dict[str, th.Tensor]:
         """
         Soft policy improvement: actor, divergence network and temperature, in this order (authors' code).
 
         :param observations: Batch of observations
         :param draws: The step's randomness
         :param ent_coef: Temperature
+        :param time_shares: Of the policy
         :return: Quantities to log
         """
-        with th.no_grad():
-            features = self.actor.encode(observations)
-            actions, log_prob = self.policy.sample(features.unsqueeze(1), draws.policy_noise)
-        metrics = self._update_actor(observations, actions, log_prob, draws, ent_coef)
+        features = self.actor.encode(observations)
+        actions, log_prob = self._runner.compiled(self._propose)(features.detach(), draws.policy_noise, time_shares)
+        metrics = self._update_actor(observations, features, actions, log_prob, draws, ent_coef)
         metrics |= self._update_divergence(observations, actions[:, 0], draws)
         return metrics | self._update_temperature(entropy=-log_prob.mean())
+
+    @th.no_grad()
+    def _propose(self, features: th.Tensor, noise: th.Tensor, time_shares: TimeShares) -> tuple[th.Tensor, th.Tensor]:
+        """
+        :param features: The actor's state features, shape (B, S)
+        :param noise: Standard-normal noise, shape (B, K, d)
+        :param time_shares: Of the policy
+        :return: Samples of the policy, shape (B, K, d); their log-probabilities, shape (B, K)
+        """
+        return self.policy.sample(features.unsqueeze(1), noise, time_shares)
 
     def _update_actor(
         self,
         observations: PyTorchObs,
+        features: th.Tensor,
         actions: th.Tensor,
         log_prob: th.Tensor,
         draws: GradientStepDraws,
         ent_coef: th.Tensor,
     ) -> dict[str, th.Tensor]:
+        loss, metrics = self._runner.compiled(self._actor_loss)(observations, features, actions, log_prob, draws, ent_coef)
+        self._optimize("actor_loss", loss, self.actor.optimizer)
+        return {"actor_loss": loss.detach()} | metrics
+
+    def _actor_loss(
+        self,
+        observations: PyTorchObs,
+        features: th.Tensor,
+        actions: th.Tensor,
+        log_prob: th.Tensor,
+        draws: GradientStepDraws,
+        ent_coef: th.Tensor,
+    ) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         """
-        Regress the average velocity on the Boltzmann policy's velocity field (Eq. 19-28).
+        Regression of the average velocity on the Boltzmann policy's velocity field (Eq. 19-28).
 
         :param observations: Batch of observations
+        :param features: The actor's features of them, shape (B, S)
         :param actions: Samples of the policy, shape (B, K, d)
         :param log_prob: Their log-probabilities, shape (B, K)
         :param draws: The step's randomness
         :param ent_coef: Temperature
-        :return: Quantities to log
+        :return: Loss; quantities to log
         """
         t, r, noise = draws.actor
         # Sample: a point on the path from the first action
@@ -525,13 +650,24 @@ class MFPO(OffPolicyAlgorithm):
             observations, actions, log_prob, noisy_actions, t, draws.uniform, ent_coef
         )
         # Target: the MeanFlow identity
-        features = self.actor.encode(observations)
-        n_equal = self._n_equal(len(t), self.policy.actor_type)
-        target = mean_flow.mean_flow_target(self.actor, features, noisy_actions, t, r, velocity, velocity, n_equal)
+        average, push_forward = self.actor.network.linearize(features, noisy_actions, t, t - r)
+        derivative = self._total_derivative(push_forward, velocity, self.policy.actor_type)
+        target = mean_flow.mean_flow_target(velocity, t - r, derivative)
         # Loss
-        loss = F.mse_loss(self.actor(features, noisy_actions, t, t - r), target)
-        self._optimize("actor_loss", loss, self.actor.optimizer)
-        return {"actor_loss": loss.detach()} | metrics
+        return F.mse_loss(average, target), metrics
+
+    def _total_derivative(self, push_forward: Callable[..., th.Tensor], velocity: th.Tensor, network_type: str) -> th.Tensor:
+        """
+        Derivative of an average over [r, t] along the flow, for the rows that have r < t.
+
+        :param push_forward: Of the network, see ``FlowMLP.linearize``
+        :param velocity: Instantaneous velocity, shape (B, d)
+        :param network_type: "mean_flow" or "flow_matching"
+        :return: shape (B - n_equal, output_dim)
+        """
+        rows = slice(self._n_equal(len(velocity), network_type), None)
+        tangent = velocity[rows]
+        return push_forward(tangent, tangent.new_ones(len(tangent), 1), rows=rows)
 
     @th.no_grad()
     def _boltzmann_velocity(
@@ -584,33 +720,36 @@ class MFPO(OffPolicyAlgorithm):
     def _update_divergence(
         self, observations: PyTorchObs, actions: th.Tensor, draws: GradientStepDraws
     ) -> dict[str, th.Tensor]:
+        if not isinstance(self.divergence, AverageDivergenceNetwork):
+            return {}
+        loss = self._runner.compiled(self._divergence_loss)(observations, actions, draws.divergence, draws.probes)
+        self._optimize("divergence_loss", loss, self.divergence.optimizer)
+        return {"divergence_loss": loss.detach()}
+
+    def _divergence_loss(self, observations: PyTorchObs, actions: th.Tensor, draws: FlowDraws, probes: th.Tensor) -> th.Tensor:
         """
-        Regress the average divergence on the divergence of the updated actor's velocity field (Eq. 12-18).
+        Regression of the average divergence on the divergence of the actor's velocity field (Eq. 12-18).
 
         :param observations: Batch of observations
         :param actions: Samples of the policy, shape (B, d)
-        :param draws: The step's randomness
-        :return: Quantities to log
+        :param draws: Times and noise
+        :param probes: Of Hutchinson's estimate, shape (N, B, d)
+        :return: Loss
         """
-        if not isinstance(self.divergence, AverageDivergenceNetwork):
-            return {}
-        t, r, noise = draws.divergence
+        assert isinstance(self.divergence, AverageDivergenceNetwork)
+        t, r, noise = draws
         # Sample: a point on the path from an action of the policy
         noisy_actions = mean_flow.interpolate(actions, noise, t)
         # Target: the MeanFlow identity around Hutchinson's estimate
         with th.no_grad():
             features = self.actor.encode(observations)
-            velocity = self.actor.velocity(features, noisy_actions, t)
-            products = jacobian_vector_products(
-                lambda points: self.actor.velocity(features, points, t), noisy_actions, draws.probes
-            )
-        divergence = hutchinson_divergence(draws.probes, products)
-        n_equal = self._n_equal(len(t), self.policy.divergence_type)
-        target = mean_flow.mean_flow_target(self.divergence, features, noisy_actions, t, r, velocity, divergence, n_equal)
+            velocity, jacobian_product = self.actor.linearize_velocity(features, noisy_actions, t)
+            divergence = hutchinson_divergence(probes, jacobian_product(probes))
+        average, push_forward = self.divergence.linearize(features, noisy_actions, t, t - r)
+        derivative = self._total_derivative(push_forward, velocity, self.policy.divergence_type)
+        target = mean_flow.mean_flow_target(divergence, t - r, derivative)
         # Loss
-        loss = F.mse_loss(self.divergence(features, noisy_actions, t, t - r), target)
-        self._optimize("divergence_loss", loss, self.divergence.optimizer)
-        return {"divergence_loss": loss.detach()}
+        return F.mse_loss(average, target)
 
     def _update_temperature(self, entropy: th.Tensor) -> dict[str, th.Tensor]:
         """
@@ -642,15 +781,21 @@ class MFPO(OffPolicyAlgorithm):
         :param optimizer: Optimizer of the parameters to change
         :raises ValueError: If the loss is NaN or infinite, before any weight changes
         """
+        if not self._runner.defers_checks(optimizer):
+            self._raise_if_not_finite(name, loss)
+        self._runner.descend(loss, optimizer)
+
+    def _raise_if_not_finite(self, name: str, loss: th.Tensor) -> None:
         if not th.isfinite(loss):
             raise ValueError(
                 f"`{name}` is {loss.item()} at gradient step {self._n_updates} (environment step {self.num_timesteps}). The "
                 "step was not taken: saving the model now gives a clean checkpoint. Usual causes: rewards or observations of "
                 "a huge scale (use `VecNormalize`), or a too high learning rate."
             )
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+
+    def set_parameters(self, *args: Any, **kwargs: Any) -> None:
+        super().set_parameters(*args, **kwargs)
+        self._runner.forget_graphs()
 
     def learn(
         self: SelfMFPO,
@@ -671,7 +816,7 @@ class MFPO(OffPolicyAlgorithm):
         )
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "actor", "divergence", "critic", "critic_target"]
+        return [*super()._excluded_save_params(), "actor", "divergence", "critic", "critic_target", "_runner"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts = ["policy", "actor.optimizer", "critic.optimizer"]

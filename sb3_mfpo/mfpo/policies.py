@@ -25,7 +25,7 @@ from sb3_mfpo.common.checks import check_choice, check_integer, check_range
 from sb3_mfpo.common.divergence import exact_divergence
 from sb3_mfpo.common.mean_flow import few_step_sample
 from sb3_mfpo.common.policies import CategoricalCritic, Critic, FeaturesModel, ScalarCritic, spread_noise
-from sb3_mfpo.common.torch_layers import FlowMLP, TanhGELU
+from sb3_mfpo.common.torch_layers import FlowMLP, TanhGELU, in_chunks
 
 ACTOR_TYPES = ("mean_flow", "flow_matching")
 DIVERGENCE_TYPES = ("mean_flow", "flow_matching", "exact")
@@ -65,16 +65,19 @@ class MeanFlowActor(FeaturesModel):
         """
         return self.network(features, noisy_actions, t, length)
 
-    def velocity(self, features: th.Tensor, noisy_actions: th.Tensor, t: th.Tensor) -> th.Tensor:
+    def linearize_velocity(
+        self, features: th.Tensor, noisy_actions: th.Tensor, t: th.Tensor
+    ) -> tuple[th.Tensor, Callable[[th.Tensor], th.Tensor]]:
         """
-        Instantaneous velocity v(s, a_t, t) = u(s, a_t, t, t).
+        Instantaneous velocity v(s, a_t, t) = u(s, a_t, t, t), and its Jacobian with respect to a_t.
 
-        :param features: State features, shape (..., features_dim)
-        :param noisy_actions: a_t, shape (..., d)
+        :param features: State features, shape (B, ..., features_dim)
+        :param noisy_actions: a_t, shape (B, ..., d)
         :param t: Time in [0, 1], shape (..., 1)
-        :return: d a_t / dt, shape (..., d)
+        :return: d a_t / dt, shape (B, ..., d); the function that multiplies the Jacobian by vectors, shape (N, B, ..., d),
+            without gradient
         """
-        return self.network(features, noisy_actions, t, th.zeros_like(t))
+        return self.network.linearize(features, noisy_actions, t, th.zeros_like(t))
 
 
 class AverageDivergenceNetwork(FlowMLP):
@@ -99,10 +102,35 @@ class InstantaneousDivergence(nn.Module):
 
     def __init__(self, actor: MeanFlowActor):
         super().__init__()
-        self.velocity = actor.velocity
+        # Bound, so that the actor does not become a submodule
+        self.linearize_velocity: Callable[..., Any] = actor.linearize_velocity
 
     def forward(self, features: th.Tensor, noisy_actions: th.Tensor, t: th.Tensor, length: th.Tensor) -> th.Tensor:
-        return exact_divergence(lambda points: self.velocity(features, points, t), noisy_actions)
+        """
+        :param features: State features, shape (..., features_dim)
+        :param noisy_actions: a_t, shape (..., d)
+        :param t: End of the interval in [0, 1], shape (..., 1)
+        :param length: Its length, of which the result is independent
+        :return: Divergence at t, shape (..., 1), without gradient
+        """
+        _, jacobian_product = self.linearize_velocity(features, noisy_actions, t)
+        return exact_divergence(jacobian_product, noisy_actions)
+
+    def time_shares(self, times: th.Tensor) -> th.Tensor:
+        """
+        :param times: Grid from 1 (noise) down to 0 (action), shape (T + 1,)
+        :return: The times at which the intervals start, shape (T, 1): here nothing else can be shared
+        """
+        return times[:-1, None]
+
+    def on_grid(self, features: th.Tensor, time_shares: th.Tensor) -> Callable[[th.Tensor, int], th.Tensor]:
+        """
+        :param features: State features, shape (..., features_dim)
+        :param time_shares: From ``time_shares``
+        :return: Function of noisy actions and the number of an interval, see ``FlowMLP.on_grid``
+        """
+
+        return lambda noisy_actions, k: self(features, noisy_actions, time_shares[k], th.zeros_like(time_shares[k]))
 
 
 class MFPOPolicy(BasePolicy):
@@ -318,7 +346,15 @@ class MFPOPolicy(BasePolicy):
         self.critic_target.set_training_mode(False)
 
     def _make_optimizer(self, parameters: Any, lr_schedule: Schedule) -> th.optim.Optimizer:
-        return self.optimizer_class(parameters, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+        kwargs = self.optimizer_kwargs
+        if self.optimizer_class in (th.optim.Adam, th.optim.AdamW) and not kwargs.keys() & {
+            "fused",
+            "foreach",
+            "differentiable",
+        }:
+            # All parameters in one operator
+            kwargs = {**kwargs, "fused": True}
+        return self.optimizer_class(parameters, lr=lr_schedule(1), **kwargs)  # type: ignore[call-arg]
 
     def _flow_arguments(self, net_arch: Sequence[int], features_dim: int) -> dict[str, Any]:
         return dict(
@@ -413,19 +449,47 @@ class MFPOPolicy(BasePolicy):
         )
         return data
 
-    def sample(self, features: th.Tensor, noise: th.Tensor, log_prob: bool = True) -> tuple[th.Tensor, th.Tensor]:
+    def time_shares(self) -> tuple[th.Tensor, th.Tensor]:
         """
-        Carry noise to actions in ``sampling_steps`` steps.
+        :return: What actor and divergence make of the sampling times, as long as their weights stay the same: it serves all
+            calls of ``sample``
+        """
+        return self.actor.network.time_shares(self.sampling_times), self.divergence.time_shares(self.sampling_times)
 
-        :param features: The actor's state features, shape (..., features_dim), broadcast against ``noise``
-        :param noise: Standard-normal noise, shape (..., d)
-        :param log_prob: Whether to follow the log-density, which costs the evaluations of the divergence
-        :return: Actions clipped to [-1, 1], shape (..., d); log-density in nats of the actions before the clip (as in the
-            authors' code), shape (...), or that of the noise if ``log_prob`` is False
+    def sample(
+        self, features: th.Tensor, noise: th.Tensor, time_shares: tuple[th.Tensor, th.Tensor] | None = None
+    ) -> tuple[th.Tensor, th.Tensor]:
         """
-        divergence = self.divergence if log_prob else None
-        actions, log_density = few_step_sample(self.actor, features, noise, self.sampling_times, divergence)
-        return actions.clamp(-1, 1), log_density
+        Carry noise to actions in ``sampling_steps`` steps, with the change of log-density.
+
+        :param features: The actor's state features, shape (B, ..., features_dim), broadcast against ``noise``
+        :param noise: Standard-normal noise, shape (B, ..., d)
+        :param time_shares: From the method of this name, if at hand
+        :return: Actions clipped to [-1, 1], shape (B, ..., d); log-density in nats of the actions before the clip (as in the
+            authors' code), shape (B, ...)
+        """
+        actor_shares, divergence_shares = time_shares or self.time_shares()
+
+        def flow(features: th.Tensor, noise: th.Tensor) -> tuple[th.Tensor, ...]:
+            velocity = self.actor.network.on_grid(features, actor_shares)
+            divergence = self.divergence.on_grid(features, divergence_shares)
+            actions, log_prob = few_step_sample(velocity, noise, self.sampling_times, divergence)
+            assert log_prob is not None
+            return actions.clamp(-1, 1), log_prob
+
+        return in_chunks(flow, features, noise)
+
+    def act(self, features: th.Tensor, noise: th.Tensor) -> th.Tensor:
+        """
+        The actions of ``sample`` alone.
+
+        :param features: The actor's state features, shape (B, ..., features_dim), broadcast against ``noise``
+        :param noise: Standard-normal noise, shape (B, ..., d)
+        :return: Actions clipped to [-1, 1], shape (B, ..., d)
+        """
+        network = self.actor.network
+        velocity = network.on_grid(features, network.remembered_time_shares(self.sampling_times))
+        return few_step_sample(velocity, noise, self.sampling_times)[0].clamp(-1, 1)
 
     def action_log_prob(self, obs: PyTorchObs, noise: th.Tensor | None = None) -> tuple[th.Tensor, th.Tensor]:
         """
@@ -440,7 +504,7 @@ class MFPOPolicy(BasePolicy):
         return self.sample(features, self._draw_noise(features) if noise is None else noise)
 
     def _draw_noise(self, features: th.Tensor) -> th.Tensor:
-        return th.randn(len(features), get_action_dim(self.action_space), device=features.device)
+        return th.randn(len(features), self.candidate_noise.shape[1], device=features.device)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self._predict(obs, deterministic=deterministic)
@@ -448,7 +512,7 @@ class MFPOPolicy(BasePolicy):
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         if not deterministic:
             features = self.actor.encode(observation)
-            return self.sample(features, self._draw_noise(features), log_prob=False)[0]
+            return self.act(features, self._draw_noise(features))
         # One by one: the rounding of a matrix product depends on the number of rows, and where two candidates are nearly
         # equal that could change which one wins. The copy gives every row the same memory alignment.
         if isinstance(observation, dict):
@@ -466,7 +530,7 @@ class MFPOPolicy(BasePolicy):
         :param observation: A single observation, with batch dimension
         :return: Action in [-1, 1], shape (d,)
         """
-        candidates, _ = self.sample(self.actor.encode(observation), self.candidate_noise, log_prob=False)
+        candidates = self.act(self.actor.encode(observation), self.candidate_noise)
         if len(candidates) == 1:
             return candidates[0]
         q_values = self.critic_target.q_values(self.critic_target.encode(observation), candidates)
@@ -479,11 +543,11 @@ class MFPOPolicy(BasePolicy):
 
         :param mode: Training mode if true, else evaluation mode
         """
-        modules = (self.actor, self.divergence, self.critic)
+        actor, divergence, critic = self.actor, self.divergence, self.critic
         # Every prediction asks for evaluation mode, and going through all layers costs as much as an action
-        if all(module.training == mode for module in (self, *modules)):
+        if self.training == actor.training == divergence.training == critic.training == mode:
             return
-        for module in modules:
+        for module in (actor, divergence, critic):
             module.train(mode)
         self.training = mode
 
