@@ -1,6 +1,7 @@
 """MFPO learns a control task: each part of it is needed to pass."""
 
 import numpy as np
+import pytest
 import torch as th
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -8,7 +9,8 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from sb3_mfpo import MFPO
 
 
-def test_learns_to_reach() -> None:
+@pytest.mark.parametrize("compile_step", [False, True], ids=["eager", "compiled"])
+def test_learns_to_reach(compile_step: bool) -> None:
     """
     Reacher: bring a finger to a target, 50 steps. Random actions return about -43, standing still about -11.
 
@@ -31,6 +33,7 @@ def test_learns_to_reach() -> None:
         buffer_size=5000,
         seed=0,
         device="cpu",
+        compile_step=compile_step,
     ).learn(3500)
 
     env = make_vec_env("Reacher-v5", seed=1)

@@ -6,9 +6,10 @@ import pytest
 import torch as th
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from sb3_mfpo.common import torch_layers
-from sb3_mfpo.common.torch_layers import FlowMLP, MultiInputMLP, TanhGELU, fourier_features, in_chunks
+from sb3_mfpo.common.torch_layers import FlowMLP, MultiInputMLP, TanhGELU, call, fourier_features, in_chunks
 from tests.helpers import make_model
 
 
@@ -130,6 +131,19 @@ def test_a_grid_of_times_is_the_network_step_by_step() -> None:
     for k, (t, r) in enumerate([(1.0, 0.7), (0.7, 0.3), (0.3, 0.0)]):
         expected = network(features, actions, th.tensor([t]), th.tensor([t - r]))
         assert th.allclose(average(actions, k), expected, atol=1e-5)
+
+
+def test_layers_with_hooks_are_called_as_modules() -> None:
+    """Otherwise their calls are taken apart; pruning works by hooks, too."""
+    layers = nn.Sequential(nn.LayerNorm(4), TanhGELU(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    x, seen = th.randn(5, 4), []
+    assert th.equal(call(layers, x), layers(x))
+    for layer in (layers, layers[0], layers[1], layers[4]):
+        layer.register_forward_hook(lambda module, inputs, output: seen.append(module))
+    call(layers, x)
+    assert seen == [layers[0], layers[1], layers[4], layers]
+    prune.l1_unstructured(layers[2], "weight", 0.5)
+    assert th.equal(call(layers, x), layers(x))
 
 
 def fused_step(network: FlowMLP) -> None:
