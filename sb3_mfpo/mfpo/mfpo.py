@@ -121,8 +121,8 @@ class MFPO(OffPolicyAlgorithm):
     :param ent_coef: Temperature alpha > 0. ``"auto_0.01"`` learns it from the initial value 0.01, ``"auto"`` from 1 as in
         SAC; a float fixes it.
     :param target_update_interval: Update the target critics every so many gradient steps
-    :param target_entropy: Entropy in nats of the scaled action that a learned temperature aims at; ``"auto"`` is
-        -0.5 times the number of action coordinates (the paper's rho = 0.5)
+    :param target_entropy: Entropy in nats of the scaled action that a learned temperature aims at; ``"auto_0.3"`` is -0.3
+        times the number of action coordinates, and ``"auto"`` is ``"auto_0.5"`` (the paper's rho)
     :param use_sde: Not supported: gSDE perturbs the weights of a Gaussian policy's last layer, which a flow does not have
     :param sde_sample_freq: Without effect, for the sake of SAC's signature
     :param use_sde_at_warmup: Without effect, for the sake of SAC's signature
@@ -849,17 +849,19 @@ def parse_ent_coef(ent_coef: str | float) -> tuple[float, bool]:
 
 def parse_target_entropy(target_entropy: str | float, action_space: spaces.Space) -> float:
     """
-    :param target_entropy: "auto" or a number
+    :param target_entropy: "auto", "auto_<rho>", or a number
     :param action_space: Box action space
     :return: Target entropy in nats
-    :raises ValueError: If it is neither
+    :raises ValueError: If it is none of these
     """
-    if target_entropy == "auto":
-        return -0.5 * get_action_dim(action_space)
+    text = str(target_entropy)
     try:
-        value = float(target_entropy)
-    except (TypeError, ValueError):
+        value = float("0.5" if text == "auto" else text.removeprefix("auto_"))
+    except ValueError:
         value = np.nan
     if not np.isfinite(value):
-        raise ValueError(f'`target_entropy` must be "auto" or a finite number of nats, not {target_entropy!r}.')
-    return value
+        raise ValueError(
+            '`target_entropy` must be "auto", "auto_<rho>" such as "auto_0.5" for -0.5 nats per action coordinate, or a '
+            f"finite number of nats, not {target_entropy!r}."
+        )
+    return -value * get_action_dim(action_space) if text.startswith("auto") else value

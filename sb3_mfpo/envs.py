@@ -1,0 +1,130 @@
+"""DeepMind Control tasks ready for Stable-Baselines3, through shimmy."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec, load_env_creator
+
+
+class DMControlTask(gym.Wrapper):
+    """
+    A DeepMind Control task as ``MlpPolicy`` wants it: one float32 vector as observation, float32 actions with finite bounds,
+    the time limit in ``spec``. At the time limit the episode is truncated, not terminated (shimmy sees to that).
+
+    :param env: A task from shimmy, with Dict observations
+    :raises ValueError: If an action bound is infinite
+    """
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        # Entries of shape () become one number each
+        flat = spaces.flatten_space(env.observation_space)
+        assert isinstance(flat, spaces.Box)
+        self.observation_space = spaces.Box(flat.low.astype(np.float32), flat.high.astype(np.float32), dtype=np.float32)
+        actions = env.action_space
+        assert isinstance(actions, spaces.Box)
+        if not (np.isfinite(actions.low).all() and np.isfinite(actions.high).all()):
+            raise ValueError(
+                f"The task's actions are unbounded ({actions}): wrap it in `gymnasium.wrappers.RescaleAction` first."
+            )
+        self.action_space = spaces.Box(actions.low.astype(np.float32), actions.high.astype(np.float32), dtype=np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        observation, info = self.env.reset(seed=seed, options=options)
+        return self._flatten(observation), info
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        actions = self.env.action_space
+        assert isinstance(actions, spaces.Box)
+        # Rounding to float32 may have carried a bound past the task's own
+        clipped = np.clip(np.asarray(action, actions.dtype), actions.low, actions.high)
+        observation, reward, terminated, truncated, info = self.env.step(clipped)
+        return self._flatten(observation), float(reward), terminated, truncated, info
+
+    def _flatten(self, observation: Any) -> np.ndarray:
+        return np.asarray(spaces.flatten(self.env.observation_space, observation), np.float32)
+
+    @property
+    def spec(self) -> EnvSpec | None:  # type: ignore[override]
+        spec, limit = self.env.spec, time_limit(self.env)
+        return spec if spec is None or limit is None else dataclasses.replace(spec, max_episode_steps=limit)
+
+
+def time_limit(env: gym.Env) -> int | None:
+    """
+    :param env: A task from shimmy
+    :return: Number of steps after which an episode is truncated, None if there is no limit
+    """
+    task: Any = env.unwrapped
+    limit = getattr(task, "_step_limit", None)
+    if limit is None:
+        # Composer tasks have a limit in seconds
+        limit = getattr(task, "_time_limit", np.inf) / task.control_timestep()
+    return round(float(limit)) if np.isfinite(limit) else None
+
+
+@dataclasses.dataclass
+class ReadyEntryPoint:
+    """
+    Makes a task with shimmy's entry point and prepares it.
+
+    :param entry_point: Of one of shimmy's specs
+    """
+
+    entry_point: Any
+
+    def __call__(self, pixels: bool = False, image_size: int = 84, **kwargs: Any) -> gym.Env:
+        if pixels:
+            kwargs |= dict(render_mode="rgb_array", render_kwargs=dict(height=image_size, width=image_size, camera_id=0))
+        creator = load_env_creator(self.entry_point) if isinstance(self.entry_point, str) else self.entry_point
+        env: gym.Env = DMControlTask(creator(**kwargs))  # type: ignore[arg-type]
+        return gym.wrappers.AddRenderObservation(env, render_only=True) if pixels else env
+
+
+def ready_spec(spec: EnvSpec) -> EnvSpec:
+    """
+    :param spec: One of shimmy's, or one that this function returned
+    :return: The spec of the same task made ready; its ``make`` also takes ``pixels`` and ``image_size``
+    """
+    if isinstance(spec.entry_point, ReadyEntryPoint):
+        return spec
+    return EnvSpec(spec.id, entry_point=ReadyEntryPoint(spec.entry_point), nondeterministic=spec.nondeterministic)
+
+
+def register_dm_control() -> None:
+    """
+    Let shimmy register the tasks of DeepMind Control with Gymnasium.
+
+    :raises ImportError: If shimmy or dm_control is not installed
+    """
+    try:
+        import dm_control  # noqa: F401
+        import shimmy
+    except ImportError as error:
+        raise ImportError(f"DeepMind Control tasks need shimmy and dm_control ({error}): install `sb3-mfpo[dmc]`.") from error
+    gym.register_envs(shimmy)
+
+
+def make_dm_control(env_id: str, pixels: bool = False, image_size: int = 84, **kwargs: Any) -> gym.Env:
+    """
+    Make a DeepMind Control task for ``MlpPolicy``, or from pixels for ``CnnPolicy``.
+
+    :param env_id: Gymnasium id, such as "dm_control/dog-run-v0"
+    :param pixels: Whether to observe rendered images instead of the state
+    :param image_size: Their width and height in pixels
+    :param kwargs: Those of ``gymnasium.make``, such as ``render_mode="rgb_array"``
+    :return: The task
+    :raises ImportError: If shimmy or dm_control is not installed
+    :raises ValueError: If there is no such task
+    """
+    register_dm_control()
+    if not env_id.startswith("dm_control/") or env_id not in gym.registry:
+        raise ValueError(
+            f'`env_id` must be the id of a DeepMind Control task such as "dm_control/dog-run-v0", not {env_id!r}.'
+        )
+    return ready_spec(gym.spec(env_id)).make(pixels=pixels, image_size=image_size, **kwargs)

@@ -1,0 +1,51 @@
+"""Makes this package's algorithms and tasks known to the installed rl_zoo3."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+from rl_zoo3 import hyperparams_opt, utils
+from stable_baselines3.common.base_class import BaseAlgorithm
+
+from sb3_mfpo import MFPO
+from sb3_mfpo.envs import ready_spec
+from sb3_mfpo.zoo.search_space import convert_mfpo_params, sample_mfpo_params
+
+ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"mfpo": MFPO}
+
+
+def hyperparameter_file(algorithm: str) -> Path:
+    """
+    :param algorithm: Name of one of our algorithms, such as "mfpo"
+    :return: The YAML file with its hyperparameters by task
+    """
+    return Path(__file__).parent / "hyperparams" / f"{algorithm}.yml"
+
+
+def register(playing: bool = False) -> None:
+    """
+    Add our algorithms to rl_zoo3's registry, samplers and converters, and make the DeepMind Control tasks that are registered
+    ready for its policies.
+
+    :param playing: Whether models will be loaded only to act: they then get a replay buffer of a single transition. rl_zoo3
+        does so for the off-policy algorithms in lists within its functions, which cannot be extended.
+    """
+    for name, algorithm in ALGORITHMS.items():
+        utils.ALGOS[name] = _without_memory(algorithm) if playing else algorithm
+    hyperparams_opt.HYPERPARAMS_SAMPLER["mfpo"] = sample_mfpo_params
+    hyperparams_opt.HYPERPARAMS_CONVERTER["mfpo"] = convert_mfpo_params
+    for env_id, spec in gym.registry.items():
+        if env_id.startswith("dm_control/"):
+            gym.registry[env_id] = ready_spec(spec)
+
+
+def _without_memory(algorithm: type[BaseAlgorithm]) -> type[BaseAlgorithm]:
+    class WithoutMemory(algorithm):  # type: ignore[misc,valid-type]
+        @classmethod
+        def load(cls, *args: Any, **kwargs: Any) -> BaseAlgorithm:
+            return algorithm.load(*args, **{"buffer_size": 1, "optimize_memory_usage": False, **kwargs})
+
+    WithoutMemory.__name__ = algorithm.__name__
+    return WithoutMemory
