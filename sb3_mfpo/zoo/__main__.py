@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import difflib
 import importlib
+import os
 import runpy
+import shutil
 import subprocess
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -96,7 +100,11 @@ def run(command: str, arguments: list[str]) -> None:
         check_hyperparameters(options)
 
     sys.argv = [f"sb3_mfpo.zoo {command}", *arguments]
+    if command in ("record-video", "record-training") and not helping:
+        choose_renderer()
     if command == "record-training":
+        provide_ffmpeg()
+        # It calls `python -m rl_zoo3.record_video`, which does not know our algorithms
         subprocess.call = record_video_with_us  # type: ignore[assignment]
     if command in ("plot-train", "plot-from-file", "all-plots"):
         save_figures_without_a_display()
@@ -154,10 +162,47 @@ def check_hyperparameters(options: argparse.Namespace) -> None:
 
 
 def record_video_with_us(command: list[str], *args: Any, **kwargs: Any) -> int:
-    """``record_training`` calls ``python -m rl_zoo3.record_video``, which does not know our algorithms."""
-    ours = [sys.executable, "-m", "sb3_mfpo.zoo", "record-video", *command[3:]]
-    with subprocess.Popen(ours, *args, **kwargs) as process:
+    """``subprocess.call``, but for rl_zoo3's command to record a video, which is replaced by ours."""
+    if command[1:3] == ["-m", "rl_zoo3.record_video"]:
+        command = [sys.executable, "-m", "sb3_mfpo.zoo", "record-video", *command[3:]]
+    with subprocess.Popen(command, *args, **kwargs) as process:
         return process.wait()
+
+
+def provide_ffmpeg() -> None:
+    """
+    Where the system has no ffmpeg, put the one that comes with moviepy on the path.
+
+    :raises UserError: If there is none either
+    """
+    if shutil.which("ffmpeg"):
+        return
+    try:
+        from imageio_ffmpeg import get_ffmpeg_exe
+
+        executable = get_ffmpeg_exe()
+    except (ImportError, RuntimeError) as error:
+        raise UserError(f"no ffmpeg ({error}): install it with your system, or `pip install moviepy`") from error
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    os.symlink(executable, Path(folder.name) / "ffmpeg")
+    os.environ["PATH"] = f"{folder.name}{os.pathsep}{os.environ['PATH']}"
+
+
+def choose_renderer() -> None:
+    """
+    Where no window can be opened, let MuJoCo render with what works.
+
+    :raises UserError: If nothing does
+    """
+    if "MUJOCO_GL" in os.environ or "DISPLAY" in os.environ or sys.platform != "linux":
+        return
+    from sb3_mfpo.zoo.doctor import NO_RENDERER, find_renderer
+
+    renderer = find_renderer()
+    if renderer is None:
+        raise UserError(NO_RENDERER)
+    os.environ["MUJOCO_GL"] = renderer
 
 
 def save_figures_without_a_display() -> None:

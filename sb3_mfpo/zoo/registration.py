@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,20 @@ def register(playing: bool = False) -> None:
     """
     for name, algorithm in ALGORITHMS.items():
         utils.ALGOS[name] = _without_memory(algorithm) if playing else algorithm
+    _mend_push_to_hub()
     hyperparams_opt.HYPERPARAMS_SAMPLER["mfpo"] = sample_mfpo_params
     hyperparams_opt.HYPERPARAMS_CONVERTER["mfpo"] = convert_mfpo_params
     for env_id, spec in gym.registry.items():
         if env_id.startswith("dm_control/"):
             gym.registry[env_id] = ready_spec(spec)
+
+
+def _mend_push_to_hub() -> None:
+    # rl_zoo3 2.9.2 imports a function that its dependency sb3-team-hf-integration 3.2 has renamed and made return an object
+    # The package also exports a function of the module's name
+    push_to_hub: Any = importlib.import_module("huggingface_sb3.push_to_hub")
+    if not hasattr(push_to_hub, "generate_metadata"):
+        push_to_hub.generate_metadata = lambda *args: push_to_hub._generate_metadata(*args).to_dict()
 
 
 def _without_memory(algorithm: type[BaseAlgorithm]) -> type[BaseAlgorithm]:

@@ -1,0 +1,180 @@
+"""What is installed, what is wrong with it, and how to mend it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import torch as th
+
+PACKAGES = {
+    "": ("sb3-mfpo", "stable-baselines3", "torch", "gymnasium", "numpy"),
+    "mujoco": ("mujoco",),
+    "dmc": ("dm_control", "shimmy"),
+    "zoo": ("rl_zoo3", "sb3-contrib", "optuna", "seaborn", "rliable", "moviepy"),
+}
+NO_RENDERER = "No offscreen rendering: install an EGL driver (`apt install libegl1 libgl1-mesa-dri`); only videos need it."
+RENDER = """
+import mujoco
+model = mujoco.MjModel.from_xml_string("<mujoco><worldbody><geom size='1'/></worldbody></mujoco>")
+data = mujoco.MjData(model)
+mujoco.mj_forward(model, data)
+renderer = mujoco.Renderer(model, 32, 32)
+renderer.update_scene(data)
+assert renderer.render().shape == (32, 32, 3)
+"""
+
+
+def doctor() -> int:
+    """
+    Print versions, device and renderer, and every problem with its cure.
+
+    :return: The number of problems, at most 1: an exit code
+    """
+    versions = {name: installed_version(name) for names in PACKAGES.values() for name in names}
+    print(f"python              {platform.python_version()} on {platform.platform()}")
+    for name, version in versions.items():
+        print(f"{name:19} {version or 'not installed'}")
+    cuda = th.cuda.get_device_name() if th.cuda.is_available() else "none"
+    print(f"CUDA device         {cuda}")
+    print(f"threads             {th.get_num_threads()} of {available_cores()} cores")
+    renderer = find_renderer() if versions["mujoco"] else None
+    print(f"offscreen renderer  {renderer or 'none'}")
+
+    problems = [
+        *missing_packages(versions),
+        *broken_requirements("sb3-mfpo"),
+        *broken_requirements("humanoid-bench"),
+        *incompatible_mujoco(versions["mujoco"], versions["dm_control"]),
+        *unused_gpu(th.version.cuda is not None or th.version.hip is not None, Path("/proc/driver/nvidia/version").exists()),
+        *unusable_renderer(versions["mujoco"] is not None, renderer, os.environ.get("MUJOCO_GL")),
+        *too_many_threads(th.get_num_threads(), available_cores()),
+    ]
+    print("\nNo problems found." if not problems else "\n" + "\n".join(f"- {problem}" for problem in problems))
+    return int(bool(problems))
+
+
+def installed_version(name: str) -> str | None:
+    """
+    :param name: Name of a distribution
+    :return: Its version, None if it is not installed
+    """
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def available_cores() -> int:
+    """
+    :return: Number of cores that this process may use
+    """
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def missing_packages(versions: dict[str, str | None]) -> list[str]:
+    """
+    :param versions: Installed versions by name
+    :return: One problem per extra that is not complete
+    """
+    problems = []
+    for extra, names in PACKAGES.items():
+        missing = [name for name in names if versions[name] is None]
+        if missing:
+            target = f"sb3-mfpo[{extra}]" if extra else "sb3-mfpo"
+            problems.append(f'{", ".join(missing)} not installed: `pip install "{target}"`.')
+    return problems
+
+
+def broken_requirements(distribution: str) -> list[str]:
+    """
+    :param distribution: Name of a distribution; nothing is said of one that is not installed
+    :return: A problem for each of its requirements that another version is installed of
+    """
+    try:
+        from packaging.requirements import Requirement
+
+        requirements = [Requirement(text) for text in metadata.requires(distribution) or []]
+    except (ImportError, metadata.PackageNotFoundError):
+        return []
+    problems = []
+    for requirement in requirements:
+        version = installed_version(requirement.name)
+        applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if applies and version is not None and not requirement.specifier.contains(version, prereleases=True):
+            problems.append(
+                f"{distribution} needs {requirement.name}{requirement.specifier}, but {version} is installed: "
+                f'`pip install "{requirement.name}{requirement.specifier}"`, if need be in an environment of its own.'
+            )
+    return problems
+
+
+def incompatible_mujoco(mujoco: str | None, dm_control: str | None) -> list[str]:
+    """
+    :param mujoco: Installed version
+    :param dm_control: Installed version
+    :return: A problem if dm_control cannot work with this mujoco
+    """
+    if mujoco is None or dm_control is None:
+        return []
+    if int(mujoco.split(".")[0]) >= 4 and tuple(int(part) for part in dm_control.split(".")[:3]) <= (1, 0, 50):
+        return [f'dm_control {dm_control} does not work with mujoco {mujoco}: `pip install "mujoco<4"`.']
+    return []
+
+
+def unused_gpu(torch_has_gpu_support: bool, driver_found: bool) -> list[str]:
+    """
+    :param torch_has_gpu_support: Whether PyTorch was built for GPUs
+    :param driver_found: Whether the machine has NVIDIA's driver
+    :return: A problem if there is a GPU that PyTorch cannot use
+    """
+    if driver_found and not torch_has_gpu_support:
+        return ["This machine has an NVIDIA GPU, but PyTorch is a CPU build: reinstall it as https://pytorch.org says."]
+    return []
+
+
+def unusable_renderer(has_mujoco: bool, renderer: str | None, chosen: str | None) -> list[str]:
+    """
+    :param has_mujoco: Whether mujoco is installed
+    :param renderer: What can be rendered with, None if nothing can
+    :param chosen: The value of MUJOCO_GL
+    :return: A problem if videos and pixels cannot be made as things are
+    """
+    if not has_mujoco:
+        return []
+    if renderer is None:
+        return [NO_RENDERER]
+    if chosen is not None and renderer != chosen:
+        return [f"MUJOCO_GL={chosen} does not render here, but {renderer} does: `export MUJOCO_GL={renderer}`."]
+    return []
+
+
+def too_many_threads(threads: int, cores: int) -> list[str]:
+    """
+    :param threads: Threads of PyTorch
+    :param cores: Cores that the process may use
+    :return: A problem if threads have to wait for each other
+    """
+    if threads > cores:
+        return [f"PyTorch uses {threads} threads on {cores} cores, which is slow: `export OMP_NUM_THREADS={cores}`."]
+    return []
+
+
+def find_renderer() -> str | None:
+    """
+    :return: The first of MUJOCO_GL, egl, osmesa and glfw that renders, tried in processes of their own
+    """
+    chosen = os.environ.get("MUJOCO_GL")
+    for name in ([chosen] if chosen else []) + ["egl", "osmesa", "glfw"]:
+        environment = {**os.environ, "MUJOCO_GL": name}
+        try:
+            run = subprocess.run([sys.executable, "-c", RENDER], env=environment, capture_output=True, timeout=60)
+        except subprocess.TimeoutExpired:
+            continue
+        if run.returncode == 0:
+            return name
+    return None

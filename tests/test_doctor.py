@@ -1,0 +1,79 @@
+"""The doctor: every problem it knows, and this installation."""
+
+import os
+import subprocess
+import sys
+from importlib import metadata
+
+import pytest
+
+from sb3_mfpo.zoo import doctor
+
+
+def test_this_installation_is_healthy(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    renderer = doctor.find_renderer()
+    code = doctor.doctor()
+    output = capsys.readouterr().out
+    for name in ("torch", "mujoco", "dm_control", "rl_zoo3"):
+        assert f"{name:19} {metadata.version(name)}" in output
+    assert f"offscreen renderer  {renderer or 'none'}" in output
+    if renderer:
+        assert code == 0 and "No problems found." in output
+    else:
+        assert code == 1 and doctor.NO_RENDERER in output
+
+
+def test_a_renderer_that_does_not_work_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUJOCO_GL", "nonsense")
+    assert doctor.find_renderer() in ("egl", "osmesa", "glfw", None)
+    (problem,) = doctor.unusable_renderer(True, "egl", "nonsense")
+    assert "MUJOCO_GL=nonsense does not render" in problem and "export MUJOCO_GL=egl" in problem
+    assert doctor.unusable_renderer(True, "egl", "egl") == doctor.unusable_renderer(True, "egl", None) == []
+    assert doctor.unusable_renderer(False, None, None) == []
+    assert doctor.unusable_renderer(True, None, None) == [doctor.NO_RENDERER]
+
+
+@pytest.mark.parametrize(
+    "mujoco, dm_control, broken",
+    [("4.0.0", "1.0.50", True), ("3.17.0", "1.0.50", False), ("4.0.0", "1.0.51", False), (None, "1.0.50", False)],
+)
+def test_mujoco_4(mujoco: str | None, dm_control: str | None, broken: bool) -> None:
+    problems = doctor.incompatible_mujoco(mujoco, dm_control)
+    assert len(problems) == broken
+    assert not broken or 'pip install "mujoco<4"' in problems[0]
+
+
+def test_missing_packages() -> None:
+    versions: dict[str, str | None] = {name: "1" for names in doctor.PACKAGES.values() for name in names}
+    assert doctor.missing_packages(versions) == []
+    (problem,) = doctor.missing_packages({**versions, "shimmy": None, "dm_control": None})
+    assert problem == 'dm_control, shimmy not installed: `pip install "sb3-mfpo[dmc]"`.'
+
+
+def test_pins_of_another_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As HumanoidBench's: exact versions of what is installed in newer ones."""
+    pins = ["gymnasium==0.29.1", "numpy", "mujoco==3.1.6; extra == 'none'", "not-installed==1.0"]
+    monkeypatch.setattr(metadata, "requires", lambda name: pins)
+    (problem,) = doctor.broken_requirements("humanoid-bench")
+    assert problem.startswith(f"humanoid-bench needs gymnasium==0.29.1, but {metadata.version('gymnasium')} is installed")
+    monkeypatch.undo()
+    assert doctor.broken_requirements("no-such-package") == []
+    assert doctor.broken_requirements("sb3-mfpo") == []
+
+
+def test_gpu_and_threads() -> None:
+    assert len(doctor.unused_gpu(torch_has_gpu_support=False, driver_found=True)) == 1
+    assert doctor.unused_gpu(True, True) == doctor.unused_gpu(False, False) == []
+    assert "export OMP_NUM_THREADS=2" in doctor.too_many_threads(4, 2)[0]
+    assert doctor.too_many_threads(2, 2) == []
+
+
+def test_it_runs_without_rl_zoo3(tmp_path) -> None:
+    """It is most needed where something is missing."""
+    (tmp_path / "rl_zoo3.py").write_text("raise ImportError")
+    (tmp_path / "shimmy.py").write_text("raise ImportError")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-m", "sb3_mfpo.zoo", "doctor"]
+    run = subprocess.run(line, env=environment, capture_output=True, text=True)
+    assert run.returncode in (0, 1) and "offscreen renderer" in run.stdout, run.stderr
