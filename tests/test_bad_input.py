@@ -67,6 +67,7 @@ class UnusedBuffer(ReplayBuffer):
         (dict(ent_coef=float("nan")), "`ent_coef`"),
         (dict(target_entropy="low"), "`target_entropy` must be .* not 'low'"),
         (dict(target_entropy=None), "`target_entropy`"),
+        (dict(target_entropy="auto_low"), "`target_entropy`"),
         (dict(target_entropy=float("inf")), "`target_entropy`"),
         (dict(use_sde=True), "`use_sde=True` is not supported.*Remove the argument"),
     ],

@@ -17,6 +17,7 @@ from sb3_mfpo import MFPO
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ARGUMENTS = {
     "quickstart": ["--steps", "520", "--output", "out"],
+    "compare": ["--env", "Reacher-v5", "--steps", "220", "--seeds", "0", "1", "--params", "learning_starts:200"],
     "multimodal": ["--updates", "5", "--samples", "200", "--output", "out.png"],
 }
 
@@ -56,6 +57,19 @@ def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert model.num_timesteps == 520
     assert len(np.load(tmp_path / "out" / "evaluations.npz")["timesteps"]) == 16
     assert "Random actions: return" in capsys.readouterr().out
+
+
+def test_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.chdir(tmp_path)
+    table = load("compare").main(ARGUMENTS["compare"])
+    assert set(table["algorithm"]) == {"MFPO", "SAC", "TD3"} and set(table["seed"]) == {0, 1}
+    # 20 evaluations at the same steps, for everybody
+    assert (table.groupby(["algorithm", "seed"]).size() == 20).all()
+    assert table["environment steps"].nunique() == 20
+    assert is_png(tmp_path / "compare" / "comparison.png")
+    capsys.readouterr()
+    load("compare").main(ARGUMENTS["compare"])
+    assert capsys.readouterr().out.count("done before") == 6
 
 
 def test_speed_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

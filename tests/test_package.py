@@ -20,6 +20,17 @@ ALLOWED = {
     "common/buffers": {"numpy", "stable_baselines3"},
     "common/policies": {"torch", "numpy", "gymnasium", "stable_baselines3", "sb3_mfpo.common"},
     "mfpo/policies": {"torch", "gymnasium", "stable_baselines3", "sb3_mfpo.common"},
+    "envs": {"numpy", "gymnasium", "dm_control", "shimmy"},
+    "zoo/search_space": {"optuna"},
+    "zoo/registration": {
+        *("gymnasium", "rl_zoo3", "huggingface_sb3", "stable_baselines3"),
+        *("sb3_mfpo", "sb3_mfpo.envs", "sb3_mfpo.zoo.search_space"),
+    },
+    "zoo/doctor": {"torch", "packaging"},
+    "zoo/__main__": {
+        *("gymnasium", "rl_zoo3", "yaml", "matplotlib", "imageio_ffmpeg"),
+        *("sb3_mfpo.envs", "sb3_mfpo.zoo.doctor", "sb3_mfpo.zoo.registration"),
+    },
     "mfpo/mfpo": {"torch", "numpy", "gymnasium", "stable_baselines3", "sb3_mfpo.common", "sb3_mfpo.mfpo.policies"},
 }
 
@@ -63,8 +74,9 @@ def test_wheel(tmp_path: Path) -> None:
     packages = {name.split("/")[0] for name in names}
     assert len(packages) == 2 and "sb3_mfpo" in packages and any(name.endswith(".dist-info") for name in packages)
     assert {"sb3_mfpo/py.typed", "sb3_mfpo/mfpo/mfpo.py", "sb3_mfpo/common/mean_flow.py"} <= set(names)
+    assert "sb3_mfpo/zoo/hyperparams/mfpo.yml" in names
 
-    absent = "dm_control", "mujoco", "shimmy", "rl_zoo3", "matplotlib", "scipy", "sb3_contrib"
+    absent = "dm_control", "mujoco", "shimmy", "rl_zoo3", "optuna", "seaborn", "matplotlib", "scipy", "sb3_contrib"
     code = f"""
 import sys
 sys.modules.update(dict.fromkeys({absent!r}))

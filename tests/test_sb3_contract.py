@@ -110,6 +110,8 @@ def test_arguments_are_those_of_sac_in_the_same_order() -> None:
 def test_paper_defaults() -> None:
     model = MFPO("MlpPolicy", RandomEnv(), buffer_size=10, device="cpu")
     assert model.target_entropy == -0.5 * 2
+    assert make_model(target_entropy="auto_0.3").target_entropy == pytest.approx(-0.3 * 2)
+    assert make_model(target_entropy=0.7).target_entropy == 0.7
     assert model._temperature().item() == pytest.approx(0.01)
     assert (model.n_policy_samples, model.n_gaussian_samples, model.n_probes) == (16, 32, 2)
     assert (model.equal_time_share, model.time_mean, model.time_std) == (0.75, -0.4, 1.0)

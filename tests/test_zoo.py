@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import os
 import pkgutil
+import re
 import subprocess
 import sys
 import warnings
@@ -216,6 +217,31 @@ def test_help() -> None:
         assert all(name in output for name in (*COMMANDS, "doctor"))
     assert "mfpo" in zoo(Path.cwd(), "load-from-hub --help")
     assert "mfpo" in zoo(Path.cwd(), "push-to-hub --help")
+
+
+@needs_renderer
+def test_the_commands_of_the_readme(tmp_path: Path) -> None:
+    """As printed, with shorter episodes, fewer steps and no window."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (block,) = re.findall(r"## Run experiments.*?```bash\n(.*?)```", readme, flags=re.DOTALL)
+    lines = block.strip().splitlines()
+    assert len(lines) == 5
+    for line in lines:
+        command = line.removeprefix("python -m sb3_mfpo.zoo ").replace("HalfCheetah-v5", TASK).replace("-n 500", "-n 20")
+        command = command.replace("dog-run", "cartpole-balance")
+        if "-optimize" in command:
+            command += (
+                " -n 1010 --n-trials 1 --n-evaluations 1 --eval-episodes 1 --no-optim-plots -params learning_starts:1005"
+            )
+        elif command.startswith("train"):
+            command += " -n 620 --eval-freq -1 -params learning_starts:600"
+        elif command.startswith("enjoy"):
+            command += " --no-render -n 50"
+        elif command.startswith("plot"):
+            command += " -w 2"
+        zoo(tmp_path, command, MPLBACKEND="agg")
+    assert is_png(tmp_path / "figure_1.png") and (tmp_path / "study.log").exists()
+    assert list((tmp_path / "logs").rglob("*.mp4"))
 
 
 def test_every_command_of_rl_zoo3_is_offered() -> None:
