@@ -153,6 +153,35 @@ def test_two_processes_share_a_study(tmp_path: Path) -> None:
     assert model.policy.v_max == trials[1].params["value_range"]
 
 
+def test_trials_that_end_with_an_error_are_pruned(tmp_path: Path) -> None:
+    """A task of another package, whose rewards become NaN: MFPO stops with a ValueError."""
+    (tmp_path / "broken_tasks.py").write_text("""
+import gymnasium as gym
+import numpy as np
+
+class Broken(gym.Env):
+    observation_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+    action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+    steps = 0
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        return np.zeros(2, np.float32), np.nan if self.steps > 12 else 0.0, False, False, {}
+
+gym.register("Broken-v0", Broken, max_episode_steps=50)
+""")
+    search = "train --algo mfpo --env Broken-v0 --gym-packages broken_tasks -n 20 -optimize --n-trials 1 --n-evaluations 1"
+    # rl_zoo3 ends with an error when no trial is left
+    output = zoo(tmp_path, f"{search} --storage study.log --study-name broken", code=1, PYTHONPATH=str(tmp_path))
+    assert "Environment 0 returned a non-finite reward" in output
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(tmp_path / "study.log")))
+    (trial,) = optuna.load_study(storage=storage, study_name="broken").trials
+    assert trial.state == optuna.trial.TrialState.PRUNED
+
+
 def test_a_database_holds_a_study(tmp_path: Path) -> None:
     search = f"train --algo mfpo --env {TASK} -n 4 -optimize --n-trials 1 --n-evaluations 1 --eval-episodes 1 --no-optim-plots"
     zoo(tmp_path, f"{search} --storage sqlite:///study.db --study-name reacher")
