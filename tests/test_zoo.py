@@ -229,15 +229,11 @@ def test_bad_input(command: str, tmp_path: Path) -> None:
     assert not (tmp_path / "logs").exists()
 
 
-def test_a_missing_extra(tmp_path: Path) -> None:
-    for package, extra in (("rl_zoo3", "zoo"), ("shimmy", "dmc")):
-        (tmp_path / package).mkdir()
-        (tmp_path / package / "__init__.py").write_text("raise ImportError('not here')")
-        task = "dm_control/dog-run-v0" if extra == "dmc" else TASK
-        output = zoo(tmp_path, f"train --algo mfpo --env {task}", code=2, PYTHONPATH=str(tmp_path))
-        assert f"sb3-mfpo[{extra}]" in output.strip().splitlines()[-1]
-        (tmp_path / package / "__init__.py").unlink()
-        (tmp_path / package).rmdir()
+@pytest.mark.parametrize("package, extra, task", [("rl_zoo3", "zoo", TASK), ("shimmy", "dmc", "dm_control/dog-run-v0")])
+def test_a_missing_extra(package: str, extra: str, task: str, tmp_path: Path) -> None:
+    (tmp_path / f"{package}.py").write_text("raise ImportError('not here')")
+    output = zoo(tmp_path, f"train --algo mfpo --env {task}", code=2, PYTHONPATH=str(tmp_path))
+    assert f"sb3-mfpo[{extra}]" in output.strip().splitlines()[-1]
 
 
 def test_help() -> None:
