@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import plain
 import pytest
 import torch as th
 from torch import nn
@@ -11,15 +12,6 @@ from torch.nn.utils import prune
 from sb3_mfpo.common import torch_layers
 from sb3_mfpo.common.torch_layers import FlowMLP, MultiInputMLP, TanhGELU, call, fourier_features, in_chunks
 from tests.helpers import make_model
-
-
-def plain(mlp: MultiInputMLP, *inputs: th.Tensor) -> th.Tensor:
-    """One layer on the concatenation of the expanded inputs, all rows at once, PyTorch's own GELU."""
-    shape = th.broadcast_shapes(*(value.shape[:-1] for value in inputs))
-    hidden = mlp.input_layer(th.cat([value.expand(*shape, value.shape[-1]) for value in inputs], dim=-1))
-    for layer in mlp.body:
-        hidden = F.gelu(hidden, approximate="tanh") if isinstance(layer, TanhGELU) else layer(hidden)
-    return hidden
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -38,7 +30,7 @@ def test_inputs_broadcast_like_a_concatenation(shapes: list[tuple[int, ...]], bi
         output = mlp(*inputs)
     assert output.requires_grad == grad
     assert output.shape == (*th.broadcast_shapes(*shapes), 6)
-    assert th.allclose(output, plain(mlp, *inputs), atol=5e-6)
+    assert th.allclose(output, plain.mlp(mlp, *inputs), atol=5e-6)
 
 
 @pytest.mark.parametrize("n_points", [1, 3, 60])
