@@ -23,8 +23,6 @@ import torch as th
 from gymnasium import spaces
 
 from sb3_mfpo import MFPO
-from sb3_mfpo.common.divergence import exact_divergence
-from sb3_mfpo.common.mean_flow import few_step_sample
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -106,19 +104,9 @@ def sample_policy(model: MFPO, n: int, steps: int) -> tuple[th.Tensor, th.Tensor
 @th.no_grad()
 def solve_ode(model: MFPO, n: int, steps: int) -> tuple[th.Tensor, th.Tensor]:
     """Actions by a fine Euler solve of the instantaneous velocity, and their log-probabilities by its exact divergence."""
-    actor = model.policy.actor
-    features, noise = th.zeros(1, 1, device=model.device), th.randn(n, 2, device=model.device)
-    times = th.linspace(1, 0, steps + 1, device=model.device)
-
-    def velocity(a: th.Tensor, k: int) -> th.Tensor:
-        return actor.linearize_velocity(features, a, times[k, None])[0]
-
-    def divergence(a: th.Tensor, k: int) -> th.Tensor:
-        return exact_divergence(actor.linearize_velocity(features, a, times[k, None])[1], a)
-
-    actions, log_prob = few_step_sample(velocity, noise, times, divergence)
-    assert log_prob is not None
-    return actions.clamp(-1, 1).cpu(), log_prob.cpu()
+    noise = th.randn(n, 2, device=model.device)
+    actions, log_prob = model.policy.solve(th.zeros(1, 1, device=model.device), noise, steps)
+    return actions.cpu(), log_prob.cpu()
 
 
 def evaluate(actions: th.Tensor, log_prob: th.Tensor, seed: int = 0) -> dict[str, float]:

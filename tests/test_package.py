@@ -19,6 +19,7 @@ ALLOWED = {
     "common/acceleration": {"torch"},
     "common/buffers": {"numpy", "stable_baselines3"},
     "common/policies": {"torch", "numpy", "gymnasium", "stable_baselines3", "sb3_mfpo.common"},
+    "common/callbacks": {"torch", "numpy", "stable_baselines3", "sb3_mfpo.common"},
     "mfpo/policies": {"torch", "gymnasium", "stable_baselines3", "sb3_mfpo.common"},
     "envs": {"numpy", "gymnasium", "dm_control", "shimmy"},
     "zoo/search_space": {"optuna"},

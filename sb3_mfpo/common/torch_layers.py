@@ -319,6 +319,18 @@ class MultiInputMLP(nn.Module):
 
         return output, push_inputs
 
+    def hidden_activations(self, *inputs: th.Tensor) -> list[th.Tensor]:
+        """
+        :param inputs: As those of ``forward``
+        :return: The hidden layers' activations, shapes (..., width)
+        """
+        hidden, activations = self._first_layer(inputs), []
+        for layer in self.body:
+            if isinstance(layer, nn.Linear):
+                activations.append(hidden)
+            hidden = layer(hidden)
+        return activations
+
     def _first_layer(self, inputs: tuple[th.Tensor, ...]) -> th.Tensor:
         if all(value.shape[:-1] == inputs[0].shape[:-1] for value in inputs):
             # Nothing is shared: fewer operators

@@ -479,6 +479,27 @@ class MFPOPolicy(BasePolicy):
 
         return in_chunks(flow, features, noise)
 
+    def solve(self, features: th.Tensor, noise: th.Tensor, n_steps: int) -> tuple[th.Tensor, th.Tensor]:
+        """
+        Carry noise to actions by an Euler solve of the instantaneous velocity, with its exact divergence: what ``sample``
+        approximates in few steps.
+
+        :param features: The actor's state features, shape (B, ..., features_dim), broadcast against ``noise``
+        :param noise: Standard-normal noise, shape (B, ..., d)
+        :param n_steps: Number of steps
+        :return: Actions clipped to [-1, 1], shape (B, ..., d); log-density in nats before the clip, shape (B, ...); the latter
+            without gradient
+        """
+        times = th.linspace(1, 0, n_steps + 1, device=noise.device)
+        exact = InstantaneousDivergence(self.actor)
+
+        def velocity(noisy_actions: th.Tensor, k: int) -> th.Tensor:
+            return self.actor(features, noisy_actions, times[k, None], th.zeros_like(times[k, None]))
+
+        actions, log_prob = few_step_sample(velocity, noise, times, exact.on_grid(features, exact.time_shares(times)))
+        assert log_prob is not None
+        return actions.clamp(-1, 1), log_prob
+
     def act(self, features: th.Tensor, noise: th.Tensor) -> th.Tensor:
         """
         The actions of ``sample`` alone.

@@ -1,0 +1,115 @@
+"""Callbacks for long training."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.callbacks import BaseCallback
+
+from sb3_mfpo.common.checks import check_integer, check_range
+from sb3_mfpo.common.policies import CategoricalCritic
+from sb3_mfpo.common.torch_layers import MultiInputMLP
+
+
+class HealthCallback(BaseCallback):
+    """
+    Check now and then, on a small batch of the replay buffer, whether MFPO's training is healthy. Nothing is changed, and
+    training draws the same random numbers as without. (The effective sample sizes are logged by the training itself.)
+
+    Logged under ``health/``:
+
+    - ``log_prob_bias``, ``log_prob_error``: mean difference and mean absolute difference, in nats, between the log-probability
+      by the divergence network and the exact one, that of a fine Euler solve from the same noise with the trace of the full
+      Jacobian. The temperature is steered by the former: a bias shifts the entropy by as much.
+    - ``actions_at_bounds``: share of action coordinates at a bound
+    - ``dead_units_actor``, ``dead_units_critic``: share of hidden units that give the same for the whole batch
+    - ``critic_saturation``: probability that the critics put on the two ends of the value range (categorical critics)
+
+    :param check_freq: Check every so many calls of ``env.step()``, as in SB3's callbacks
+    :param n_states: Number of states of a check
+    :param solver_steps: Number of Euler steps of the exact log-probability
+    :param max_bias: Warn when the bias exceeds so many nats per action coordinate
+    :param verbose: Verbosity level
+    :raises ValueError: If an argument is out of range
+    """
+
+    # Standard deviation below which a unit counts as dead; behind a LayerNorm activations are of the order of 1
+    DEAD_STD = 1e-3
+
+    def __init__(
+        self, check_freq: int = 10_000, n_states: int = 64, solver_steps: int = 100, max_bias: float = 0.25, verbose: int = 0
+    ):
+        super().__init__(verbose)
+        for name, value in (("check_freq", check_freq), ("n_states", n_states), ("solver_steps", solver_steps)):
+            check_integer(name, value, minimum=1)
+        check_range("max_bias", max_bias, low=0)
+        self.check_freq = check_freq
+        self.n_states = n_states
+        self.solver_steps = solver_steps
+        self.max_bias = max_bias
+
+    def _on_step(self) -> bool:
+        if self.n_calls % self.check_freq == 0 and self.model._n_updates > 0:
+            for name, value in self.check().items():
+                self.logger.record(f"health/{name}", value)
+        return True
+
+    @th.no_grad()
+    def check(self) -> dict[str, float]:
+        """
+        :return: The quantities above by name, without their prefix
+        """
+        model: Any = self.model
+        policy, training = model.policy, model.policy.training
+        # The buffer draws from NumPy's generator, which belongs to the training
+        state = np.random.get_state()
+        observations = model.replay_buffer.sample(self.n_states, env=model._vec_normalize_env).observations
+        np.random.set_state(state)
+        generator = th.Generator().manual_seed(model.num_timesteps)
+        noise = th.randn(self.n_states, policy.candidate_noise.shape[1], generator=generator).to(model.device)
+
+        policy.set_training_mode(False)
+        features = policy.actor.encode(observations)
+        actions, log_prob = policy.sample(features, noise)
+        _, exact_log_prob = policy.solve(features, noise, self.solver_steps)
+        difference = log_prob - exact_log_prob
+        critic_features = policy.critic.encode(observations)
+        actor_inputs = (noise, features, policy.actor.network.embed(*th.ones(2, 1, device=model.device)))
+        result = {
+            "log_prob_bias": difference.mean().item(),
+            "log_prob_error": difference.abs().mean().item(),
+            "actions_at_bounds": (actions.abs() == 1).float().mean().item(),
+            "dead_units_actor": self._dead_units([policy.actor.network.mlp], actor_inputs),
+            "dead_units_critic": self._dead_units(policy.critic.q_networks, (critic_features, actions)),
+        }
+        if isinstance(policy.critic, CategoricalCritic):
+            probs = policy.critic.outputs(critic_features, actions).softmax(dim=-1)
+            result["critic_saturation"] = (probs[..., 0] + probs[..., -1]).mean().item()
+        policy.set_training_mode(training)
+        self._warn_of_bias(result["log_prob_bias"], noise.shape[1])
+        return result
+
+    def _dead_units(self, networks: Sequence[MultiInputMLP], inputs: tuple[th.Tensor, ...]) -> float:
+        """
+        :param networks: Networks of the same inputs
+        :param inputs: Of a batch
+        :return: Share of their hidden units whose activation is constant over the batch
+        """
+        dead = [
+            activation.std(dim=0) < self.DEAD_STD for network in networks for activation in network.hidden_activations(*inputs)
+        ]
+        return th.cat(dead).float().mean().item()
+
+    def _warn_of_bias(self, bias: float, action_dim: int) -> None:
+        # Also when it is NaN
+        if not abs(bias) <= self.max_bias * action_dim:
+            warnings.warn(
+                f"At step {self.model.num_timesteps} the divergence network's log-probabilities are off by {bias:.2f} nats on "
+                f"average, more than `max_bias` = {self.max_bias:g} per action coordinate: the policy's entropy is then not "
+                "what its target asks for. More `n_probes` or a lower learning rate may help.",
+                stacklevel=2,
+            )
