@@ -58,11 +58,11 @@ def test_chunks_are_not_cut_where_a_gradient_is_needed() -> None:
     assert th.allclose(points.grad, 2 * points)
 
 
-ACTIVATIONS = [TanhGELU, nn.Tanh, nn.PReLU, lambda: nn.GELU(approximate="tanh")]
+ACTIVATIONS = [TanhGELU, nn.Tanh, nn.PReLU, lambda: nn.GELU(approximate="tanh"), lambda: nn.ELU(inplace=True)]
 
 
 @pytest.mark.parametrize("layer_norm", [True, False])
-@pytest.mark.parametrize("activation_fn", ACTIVATIONS, ids=["TanhGELU", "Tanh", "PReLU", "GELU"])
+@pytest.mark.parametrize("activation_fn", ACTIVATIONS, ids=["TanhGELU", "Tanh", "PReLU", "GELU", "ELU in place"])
 @pytest.mark.parametrize("instantaneous", [True, False])
 def test_tangents_are_those_of_forward_mode(
     activation_fn: Callable[[], nn.Module], layer_norm: bool, instantaneous: bool

@@ -118,7 +118,8 @@ def linearize(layers: Iterable[nn.Module], x: th.Tensor) -> tuple[th.Tensor, Pus
 
 
 def _linearize_layer(layer: nn.Module, x: th.Tensor) -> tuple[th.Tensor, PushForward]:
-    point = x.detach()
+    # An activation that works in place would move its own point
+    point = x.detach().clone() if getattr(layer, "inplace", False) else x.detach()
     if isinstance(layer, nn.Linear):
         return layer(x), lambda tangent, rows: F.linear(tangent, layer.weight)
     if isinstance(layer, TanhGELU):
