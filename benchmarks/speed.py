@@ -99,18 +99,20 @@ def make_models(env: Callable[[], gym.Env], width: int, device: str) -> dict[str
     return models
 
 
-def seconds(function: Callable[[], Any], device: str) -> float:
-    """Of one call, by CUDA events on a GPU."""
+def seconds(function: Callable[[], Any], device: str, repeats: int) -> float:
+    """Of one call, the mean over the repeats; by CUDA events on a GPU."""
     if device == "cpu":
         start = time.perf_counter()
-        function()
-        return time.perf_counter() - start
+        for _ in range(repeats):
+            function()
+        return (time.perf_counter() - start) / repeats
     first, last = (th.cuda.Event(enable_timing=True) for _ in range(2))
     first.record()
-    function()
+    for _ in range(repeats):
+        function()
     last.record()
     th.cuda.synchronize()
-    return 1e-3 * first.elapsed_time(last)
+    return 1e-3 * first.elapsed_time(last) / repeats
 
 
 def compare(
@@ -125,7 +127,7 @@ def compare(
     for _ in range(rounds + 5):
         # In a new order each time: what runs after a large computation finds the caches empty
         for name in order.sample(list(functions), len(functions)):
-            timings[name].append(seconds(lambda: [functions[name]() for _ in range(repeats)], device) / repeats)  # noqa: B023
+            timings[name].append(seconds(functions[name], device, repeats))
     results: Rows = {}
     for name, values in timings.items():
         results[name] = {"milliseconds": 1e3 * float(np.median(values[5:]))}
