@@ -262,7 +262,7 @@ def test_the_processor_is_tried() -> None:
 @pytest.mark.parametrize("exact", [True, False])
 def test_onednn_is_used_only_where_it_is_exact(exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on either kind of processor: switched on within `train` alone, or refused with a warning."""
-    monkeypatch.setattr("sb3_mfpo.mfpo.mfpo.onednn_matmul_is_exact", lambda: exact)
+    monkeypatch.setattr("sb3_mfpo.common.off_policy.onednn_matmul_is_exact", lambda: exact)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = make_model(onednn_matmul=True)

@@ -144,7 +144,7 @@ def test_action_spaces(action_space: Any, message: str) -> None:
 
 
 def test_policy_of_another_algorithm() -> None:
-    with pytest.raises(ValueError, match=r"`policy` must be one of .*'MlpPolicy'.* or an `MFPOPolicy`"):
+    with pytest.raises(ValueError, match=r"`policy` must be one of .*'MlpPolicy'.* or a subclass of `MFPOPolicy`"):
         MFPO(SACPolicy, UntouchedEnv(), replay_buffer_class=UnusedBuffer)
     with pytest.raises(ValueError, match="Policy LstmPolicy unknown"):
         MFPO("LstmPolicy", UntouchedEnv(), replay_buffer_class=UnusedBuffer)

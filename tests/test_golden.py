@@ -27,6 +27,7 @@ from sb3_mfpo import MFPO
 from sb3_mfpo.common import categorical, importance, mean_flow
 from sb3_mfpo.common.categorical import reduce_values
 from sb3_mfpo.common.divergence import exact_divergence, hutchinson_divergence
+from sb3_mfpo.common.score import linear_path
 from sb3_mfpo.common.torch_layers import FlowMLP, MultiInputMLP, fourier_features
 from sb3_mfpo.mfpo import mfpo as mfpo_module
 from sb3_mfpo.mfpo.mfpo import FlowDraws, GradientStepDraws
@@ -287,8 +288,10 @@ def snis(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
     out["snis/policy_actions"], out["snis/policy_logp"] = model.policy.sample(features, g["snis/policy_noise"])
     out["snis/entropy"] = -g["snis/policy_logp"].mean()
     policy_actions, clean_actions, noisy = g["snis/policy_actions"], g["snis/clean_actions"], g["snis/noisy_actions"]
-    out["snis/noisy_actions"] = mean_flow.interpolate(policy_actions[:, 0], g["snis/noise"], t)
-    out["snis/clean_actions"] = importance.actions_from_noise(noisy.unsqueeze(1), g["gprop/noise"], t.unsqueeze(1))
+    out["snis/noisy_actions"] = mean_flow.interpolate(policy_actions[:, 0], g["snis/noise"], *linear_path(t))
+    out["snis/clean_actions"] = importance.actions_from_noise(
+        noisy.unsqueeze(1), g["gprop/noise"], *linear_path(t.unsqueeze(1))
+    )
     critic_features = model.critic.encode(g["batch/obs"]).unsqueeze(1)
     q_values = model.critic.q_values(critic_features, th.cat([policy_actions, clean_actions], dim=1))
     out["snis/q_1"], out["snis/q_2"] = q_values
@@ -324,10 +327,10 @@ def gaussian_proposal(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
         ("gprop_ext", g["gprop_ext/noisy_actions"], g["gprop_ext/t"]),
     ):
         noisy, t = noisy.unsqueeze(1), t.unsqueeze(1)
-        for name, bound in zip(("lower", "upper"), importance.truncated_noise_bounds(noisy, t), strict=True):
+        for name, bound in zip(("lower", "upper"), importance.truncated_noise_bounds(noisy, *linear_path(t)), strict=True):
             out[f"{prefix}/{name}"] = bound.expand_as(g[f"{prefix}/{name}"])
     out["gprop/noise"] = importance.truncated_normal(g["gprop/uniform01"], g["gprop/lower"], g["gprop/upper"])
-    out["gprop_ext/clean_actions"] = importance.actions_from_noise(noisy, g["gprop_ext/noise"], t)
+    out["gprop_ext/clean_actions"] = importance.actions_from_noise(noisy, g["gprop_ext/noise"], *linear_path(t))
     return out
 
 
@@ -361,7 +364,7 @@ def adn_loss(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
     t, r, noise = g["adn_loss/t"], g["adn_loss/r"], g["adn_loss/noise"]
     model, out = golden_model(n_equal=count_equal(t, r)), {}
     features = model.actor.encode(g["batch/obs"])
-    out["adn_loss/noisy_actions"] = mean_flow.interpolate(g["adn_loss/clean_actions"], noise, t)
+    out["adn_loss/noisy_actions"] = mean_flow.interpolate(g["adn_loss/clean_actions"], noise, *linear_path(t))
     noisy, probes = g["adn_loss/noisy_actions"], g["adn_loss/probes"].transpose(0, 1)
     with th.no_grad():
         out["adn_loss/velocity"], jacobian_product = model.actor.linearize_velocity(features, noisy, t)
@@ -424,8 +427,8 @@ def whole_update(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
     # The file stores truncated noise where the algorithm draws uniform numbers: go back through the distribution function
     with th.no_grad():
         actions, _ = model.policy.sample(model.actor.encode(g["batch/obs"]).unsqueeze(1), g["update/policy_noise"])
-    noisy = mean_flow.interpolate(actions[:, 0], actor_draws.noise, actor_draws.t).double()
-    lower, upper = importance.truncated_noise_bounds(noisy.unsqueeze(1), actor_draws.t.double().unsqueeze(1))
+    noisy = mean_flow.interpolate(actions[:, 0], actor_draws.noise, *linear_path(actor_draws.t)).double()
+    lower, upper = importance.truncated_noise_bounds(noisy.unsqueeze(1), *linear_path(actor_draws.t.double().unsqueeze(1)))
     below, above = th.special.ndtr(lower), th.special.ndtr(upper)
     uniform = (th.special.ndtr(g["update/proposal_noise"].double()) - below) / (above - below)
 

@@ -6,6 +6,7 @@ import torch as th
 from scipy import stats
 
 from sb3_mfpo.common import importance
+from sb3_mfpo.common.score import linear_path
 
 
 @pytest.mark.parametrize("width", [1e-3, 0.03, 1.0, 5.0, 30.0])
@@ -48,7 +49,7 @@ def test_proposal_stays_in_the_box_without_nan_in_ten_million_draws() -> None:
         t[:1000], t[1000:2000] = 1e-3, 1 - 1e-3
         actions = 2 * th.rand(n, d, generator=generator) - 1
         noisy = (1 - t) * actions + t * th.randn(n, d, generator=generator)
-        samples = importance.gaussian_proposal(noisy, t, th.rand(n, k, d, generator=generator))
+        samples = importance.gaussian_proposal(noisy, *linear_path(t), th.rand(n, k, d, generator=generator))
         assert samples.shape == (n, k, d)
         assert samples.abs().max() <= 1  # false for NaN
 
@@ -57,7 +58,7 @@ def test_proposal_centres_on_the_posterior() -> None:
     """Far from the walls the proposal is N(a_t / (1 - t), (t / (1 - t))^2)."""
     t, noisy = th.tensor([[0.05]]), th.tensor([[0.1, -0.2]])
     uniform = th.rand(1, 100_000, 2, generator=th.Generator().manual_seed(0))
-    samples = importance.gaussian_proposal(noisy, t, uniform)[0]
+    samples = importance.gaussian_proposal(noisy, *linear_path(t), uniform)[0]
     scale = 0.05 / 0.95
     for column, mean in zip(samples.T, (noisy / 0.95)[0].tolist(), strict=True):
         assert stats.kstest(column.numpy(), stats.norm(mean, scale).cdf).pvalue > 1e-3
@@ -65,10 +66,14 @@ def test_proposal_centres_on_the_posterior() -> None:
 
 def test_actions_and_noise_invert_each_other() -> None:
     t, actions, noise = th.rand(10, 1) * 0.9, th.rand(10, 3) * 2 - 1, th.randn(10, 3)
-    assert th.allclose(importance.actions_from_noise((1 - t) * actions + t * noise, noise, t), actions, atol=1e-5)
-    low, high = importance.truncated_noise_bounds(th.tensor([[0.5]]), th.tensor([[0.25]]))
-    assert importance.actions_from_noise(th.tensor([[0.5]]), low, th.tensor([[0.25]])).item() == pytest.approx(1)
-    assert importance.actions_from_noise(th.tensor([[0.5]]), high, th.tensor([[0.25]])).item() == pytest.approx(-1)
+    assert th.allclose(
+        importance.actions_from_noise((1 - t) * actions + t * noise, noise, *linear_path(t)), actions, atol=1e-5
+    )
+    low, high = importance.truncated_noise_bounds(th.tensor([[0.5]]), *linear_path(th.tensor([[0.25]])))
+    assert importance.actions_from_noise(th.tensor([[0.5]]), low, *linear_path(th.tensor([[0.25]]))).item() == pytest.approx(1)
+    assert importance.actions_from_noise(th.tensor([[0.5]]), high, *linear_path(th.tensor([[0.25]]))).item() == pytest.approx(
+        -1
+    )
 
 
 def test_equal_weights_have_all_samples_effective() -> None:
@@ -116,7 +121,7 @@ def test_both_proposals_find_the_velocity_of_a_gaussian_policy() -> None:
     log_weights = importance.policy_log_weights(q(actions), policy.log_prob(actions).sum(-1), actions, noisy, t, ent_coef)
     from_policy, _ = importance.snis_velocity(log_weights.softmax(1), actions, noisy, t)
 
-    actions = importance.gaussian_proposal(noisy, t, th.rand(1, k, 1, generator=generator))
+    actions = importance.gaussian_proposal(noisy, *linear_path(t), th.rand(1, k, 1, generator=generator))
     log_weights = importance.gaussian_log_weights(q(actions), ent_coef)
     from_gaussian, _ = importance.snis_velocity(log_weights.softmax(1), actions, noisy, t)
 
@@ -127,7 +132,9 @@ def test_both_proposals_find_the_velocity_of_a_gaussian_policy() -> None:
 def test_walls_are_respected() -> None:
     """Constant Q on the box: E[a_0 | a_t] is the mean of the truncated Gaussian."""
     t, noisy = th.tensor([[0.5]]), th.tensor([[0.6]])
-    actions = importance.gaussian_proposal(noisy, t, th.rand(1, 200_000, 1, generator=th.Generator().manual_seed(0)))
+    actions = importance.gaussian_proposal(
+        noisy, *linear_path(t), th.rand(1, 200_000, 1, generator=th.Generator().manual_seed(0))
+    )
     weights = importance.gaussian_log_weights(th.zeros(1, 200_000), 0.3).softmax(1)
     velocity, size = importance.snis_velocity(weights, actions, noisy, t)
     centre, scale = 0.6 / 0.5, 1.0

@@ -8,6 +8,7 @@ import torch as th
 from scipy import stats
 
 from sb3_mfpo.common import mean_flow
+from sb3_mfpo.common.score import linear_path
 
 B, D = 64, 3
 
@@ -66,8 +67,8 @@ def test_all_rows_may_be_equal() -> None:
 
 def test_path_ends_at_action_and_noise() -> None:
     actions, noise = th.randn(B, D), th.randn(B, D)
-    assert th.equal(mean_flow.interpolate(actions, noise, th.zeros(B, 1)), actions)
-    assert th.equal(mean_flow.interpolate(actions, noise, th.ones(B, 1)), noise)
+    assert th.equal(mean_flow.interpolate(actions, noise, *linear_path(th.zeros(B, 1))), actions)
+    assert th.equal(mean_flow.interpolate(actions, noise, *linear_path(th.ones(B, 1))), noise)
 
 
 def gaussian_divergence(actions: th.Tensor, t: th.Tensor) -> th.Tensor:

@@ -18,6 +18,8 @@ ALLOWED = {
     "common/checks": {"numpy"},
     "common/acceleration": {"torch"},
     "common/buffers": {"numpy", "stable_baselines3"},
+    "common/critics": {"torch", "gymnasium", "stable_baselines3", "sb3_mfpo.common"},
+    "common/off_policy": {"torch", "numpy", "gymnasium", "stable_baselines3", "sb3_mfpo.common"},
     "common/policies": {"torch", "numpy", "gymnasium", "stable_baselines3", "sb3_mfpo.common"},
     "common/callbacks": {"torch", "numpy", "stable_baselines3", "sb3_mfpo.common"},
     "mfpo/policies": {"torch", "gymnasium", "stable_baselines3", "sb3_mfpo.common"},

@@ -11,7 +11,7 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_mfpo.common.checks import check_integer, check_range
-from sb3_mfpo.common.policies import CategoricalCritic
+from sb3_mfpo.common.critics import CategoricalCritic
 from sb3_mfpo.common.torch_layers import MultiInputMLP
 
 

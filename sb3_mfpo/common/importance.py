@@ -2,8 +2,9 @@
 Self-normalised importance sampling (SNIS) of the velocity field of a Boltzmann policy.
 
 The target is pi*(a) proportional to exp(Q(a) / alpha) on [-1, 1]^d. Its velocity at (a_t, t) is E[(a_t - a_0) / t] under
-p(a_0 | a_t), proportional to pi*(a_0) N(a_0; a_t / (1 - t), (t / (1 - t))^2 I). Time convention: t = 1 is noise. All functions
-are pure; randomness is an argument. Source: Eq. 19-27 of "Mean Flow Policy Optimization", https://arxiv.org/abs/2604.14698.
+p(a_0 | a_t), proportional to pi*(a_0) N(a_0; a_t / (1 - t), (t / (1 - t))^2 I). Functions of mu_t and sigma_t hold for every
+path a_t = mu_t a_0 + sigma_t eps; the paper's is linear, 1 - t and t. Time convention: t = 1 is noise. All functions are
+pure; randomness is an argument. Source: Eq. 19-27 of "Mean Flow Policy Optimization", https://arxiv.org/abs/2604.14698.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ from collections.abc import Sequence
 import torch as th
 
 
-def truncated_noise_bounds(noisy_actions: th.Tensor, t: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+def truncated_noise_bounds(noisy_actions: th.Tensor, signal: th.Tensor, sigma: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
     """
-    Bounds on the noise e for which the action (a_t - t e) / (1 - t) lies in [-1, 1].
+    Bounds on the noise e for which the action (a_t - sigma_t e) / mu_t lies in [-1, 1].
 
     :param noisy_actions: a_t, shape (..., d)
-    :param t: Time in (0, 1), shape (..., 1)
+    :param signal: mu_t, shape (..., 1)
+    :param sigma: sigma_t > 0, shape (..., 1)
     :return: Lower and upper bound, shapes (..., d)
     """
-    return (noisy_actions - (1 - t)) / t, (noisy_actions + (1 - t)) / t
+    return (noisy_actions - signal) / sigma, (noisy_actions + signal) / sigma
 
 
 def normal_cdf(x: th.Tensor) -> th.Tensor:
@@ -58,31 +60,33 @@ def truncated_normal(uniform: th.Tensor, lower: th.Tensor, upper: th.Tensor) -> 
     return th.minimum(th.maximum(th.where(p < q, quantile, -quantile), low), high).to(lower.dtype)
 
 
-def actions_from_noise(noisy_actions: th.Tensor, noise: th.Tensor, t: th.Tensor) -> th.Tensor:
+def actions_from_noise(noisy_actions: th.Tensor, noise: th.Tensor, signal: th.Tensor, sigma: th.Tensor) -> th.Tensor:
     """
-    The action from which a given noise leads to a_t, a_0 = (a_t - t e) / (1 - t).
+    The action from which a given noise leads to a_t, a_0 = (a_t - sigma_t e) / mu_t.
 
     :param noisy_actions: a_t, shape (..., d)
     :param noise: e, shape (..., d)
-    :param t: Time in [0, 1), shape (..., 1)
+    :param signal: mu_t > 0, shape (..., 1)
+    :param sigma: sigma_t, shape (..., 1)
     :return: Actions, shape (..., d)
     """
-    return (noisy_actions - t * noise) / (1 - t)
+    return (noisy_actions - sigma * noise) / signal
 
 
-def gaussian_proposal(noisy_actions: th.Tensor, t: th.Tensor, uniform: th.Tensor) -> th.Tensor:
+def gaussian_proposal(noisy_actions: th.Tensor, signal: th.Tensor, sigma: th.Tensor, uniform: th.Tensor) -> th.Tensor:
     """
-    Actions from N(a_t / (1 - t), (t / (1 - t))^2 I) truncated to [-1, 1]^d.
+    Actions from N(a_t / mu_t, (sigma_t / mu_t)^2 I) truncated to [-1, 1]^d.
 
     :param noisy_actions: a_t, shape (B, d)
-    :param t: Time in (0, 1), shape (B, 1)
+    :param signal: mu_t > 0, shape (B, 1)
+    :param sigma: sigma_t > 0, shape (B, 1)
     :param uniform: Draws from [0, 1), K per state, shape (B, K, d)
     :return: Actions in [-1, 1], shape (B, K, d)
     """
-    noisy_actions, t = noisy_actions.unsqueeze(1), t.unsqueeze(1)
-    noise = truncated_normal(uniform, *truncated_noise_bounds(noisy_actions, t))
-    # Rounding only: dividing by a small 1 - t can carry an action past a bound by a few units in the last place
-    return actions_from_noise(noisy_actions, noise, t).clamp(-1, 1)
+    noisy_actions, signal, sigma = noisy_actions.unsqueeze(1), signal.unsqueeze(1), sigma.unsqueeze(1)
+    noise = truncated_normal(uniform, *truncated_noise_bounds(noisy_actions, signal, sigma))
+    # Rounding only: dividing by a small mu_t can carry an action past a bound by a few units in the last place
+    return actions_from_noise(noisy_actions, noise, signal, sigma).clamp(-1, 1)
 
 
 def policy_log_weights(
@@ -119,11 +123,22 @@ def gaussian_log_weights(q_values: th.Tensor, ent_coef: th.Tensor | float) -> th
     return q_values / ent_coef
 
 
+def snis_mean(weights: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    """
+    Weighted mean of actions, the estimate of E[a_0 | a_t], and the effective sample size (ESS) 1 / sum w^2 of the weights.
+
+    :param weights: Normalised weights, summing to one over K, shape (B, K)
+    :param actions: a_0, shape (B, K, d)
+    :return: Mean, shape (B, d); effective sample size in [1, K], shape (B, 1)
+    """
+    return (weights.unsqueeze(-1) * actions).sum(dim=1), 1 / weights.square().sum(dim=1, keepdim=True)
+
+
 def snis_velocity(
     weights: th.Tensor, actions: th.Tensor, noisy_actions: th.Tensor, t: th.Tensor
 ) -> tuple[th.Tensor, th.Tensor]:
     """
-    Weighted mean of (a_t - a_0) / t, and the effective sample size (ESS) 1 / sum w^2 of the weights.
+    Weighted mean of (a_t - a_0) / t, the linear path's velocity, and the effective sample size of the weights.
 
     :param weights: Normalised weights, summing to one over K, shape (B, K)
     :param actions: a_0, shape (B, K, d)
@@ -131,8 +146,8 @@ def snis_velocity(
     :param t: Time in (0, 1), shape (B, 1)
     :return: Velocity, shape (B, d); effective sample size in [1, K], shape (B, 1)
     """
-    mean_action = (weights.unsqueeze(-1) * actions).sum(dim=1)
-    return (noisy_actions - mean_action) / t, 1 / weights.square().sum(dim=1, keepdim=True)
+    mean_action, size = snis_mean(weights, actions)
+    return (noisy_actions - mean_action) / t, size
 
 
 def combine_by_sample_size(

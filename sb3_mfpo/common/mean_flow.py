@@ -1,5 +1,5 @@
 """
-Mean-flow maths: the linear path, time pairs, the MeanFlow identity and the few-step sampler.
+Mean-flow maths: points on a path, time pairs, the MeanFlow identity and the few-step sampler.
 
 Time convention: t = 1 is noise, t = 0 is the action. All functions are pure; randomness is an argument.
 Equation numbers are those of "Mean Flow Policy Optimization", https://arxiv.org/abs/2604.14698.
@@ -32,16 +32,30 @@ def sample_times(normal: th.Tensor, mean: float, std: float, n_equal: int) -> tu
     return t, th.cat([t[:n_equal], r[n_equal:]])
 
 
-def interpolate(actions: th.Tensor, noise: th.Tensor, t: th.Tensor) -> th.Tensor:
+def uniform_times(uniform: th.Tensor, n_equal: int) -> tuple[th.Tensor, th.Tensor]:
     """
-    Point on the linear path from an action to noise, a_t = (1 - t) a_0 + t eps.
+    Time pairs with t uniform in (0, 1) and r uniform below t (SOM, https://arxiv.org/abs/2605.23365); the leading rows get
+    r = t. As velocities are not defined at both ends of every path, t keeps 0.001 away from them.
+
+    :param uniform: Two independent draws from [0, 1) per row, shape (B, 2)
+    :param n_equal: Number of leading rows with r = t
+    :return: t and r in [0, 1), r <= t, each of shape (B, 1)
+    """
+    t = 1e-3 + (1 - 2e-3) * uniform[:, :1]
+    return t, th.cat([t[:n_equal], t[n_equal:] * uniform[n_equal:, 1:]])
+
+
+def interpolate(actions: th.Tensor, noise: th.Tensor, signal: th.Tensor, sigma: th.Tensor) -> th.Tensor:
+    """
+    Point on the path from an action to noise, a_t = mu_t a_0 + sigma_t eps; the linear path has 1 - t and t.
 
     :param actions: Actions a_0, shape (..., d)
     :param noise: Standard-normal noise eps, shape (..., d)
-    :param t: Time in [0, 1], shape (..., 1)
+    :param signal: mu_t in [0, 1], shape (..., 1)
+    :param sigma: sigma_t in [0, 1], shape (..., 1)
     :return: Noisy actions a_t, shape (..., d)
     """
-    return (1 - t) * actions + t * noise
+    return signal * actions + sigma * noise
 
 
 def mean_flow_target(instantaneous: th.Tensor, length: th.Tensor, derivative: th.Tensor) -> th.Tensor:
@@ -57,6 +71,18 @@ def mean_flow_target(instantaneous: th.Tensor, length: th.Tensor, derivative: th
     """
     n_equal = len(instantaneous) - len(derivative)
     return th.cat([instantaneous[:n_equal], instantaneous[n_equal:] - length[n_equal:] * derivative])
+
+
+def adaptive_weights(errors: th.Tensor, offset: float = 1e-3) -> th.Tensor:
+    """
+    Weight of every row in an adaptive regression, 1 / (||error||^2 + c) (SOM, after "Mean Flows for One-step Generative
+    Modeling", https://arxiv.org/abs/2505.13447, which has c = 0.001).
+
+    :param errors: Prediction minus target, shape (B, output_dim)
+    :param offset: c > 0
+    :return: Weights without gradient, shape (B, 1)
+    """
+    return 1 / (errors.detach().square().sum(dim=1, keepdim=True) + offset)
 
 
 def standard_normal_log_prob(noise: th.Tensor) -> th.Tensor:

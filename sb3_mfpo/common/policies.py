@@ -1,23 +1,28 @@
-"""Critics that the algorithms share: ensembles of categorical or scalar Q-networks, and best-of-N noise."""
+"""The policy that the algorithms share: the mean-flow actor, the critics, and how they act."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
+import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.policies import BaseModel
+from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import get_action_dim
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
-from stable_baselines3.common.type_aliases import PyTorchObs
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor, get_actor_critic_arch
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
-from torch.nn import functional as F
 
-from sb3_mfpo.common import categorical
-from sb3_mfpo.common.torch_layers import MultiInputMLP, in_chunks, init_linear_layers
+from sb3_mfpo.common.categorical import reduce_values
+from sb3_mfpo.common.checks import check_choice, check_integer, check_range
+from sb3_mfpo.common.critics import CategoricalCritic, Critic, FeaturesModel, ScalarCritic
+from sb3_mfpo.common.mean_flow import few_step_sample
+from sb3_mfpo.common.torch_layers import FlowMLP, TanhGELU
+
+CRITIC_TYPES = ("categorical", "scalar")
+CRITIC_REDUCTIONS = ("min", "mean")
 
 
 def spread_noise(n_points: int, dim: int) -> th.Tensor:
@@ -35,51 +40,14 @@ def spread_noise(n_points: int, dim: int) -> th.Tensor:
     return th.special.ndtri(th.as_tensor((ranks + 0.5) / n_points)).float()
 
 
-class FeaturesModel(BaseModel):
+class MeanFlowActor(FeaturesModel):
     """
-    Model that sees the state through a features extractor.
+    Average velocity u(s, a_t, r, t) of the flow that carries noise (t = 1) to actions (t = 0).
 
     :param observation_space: Observation space
     :param action_space: Action space
     :param features_extractor: Network to extract features
-    :param normalize_images: Whether to divide images by 255
-    """
-
-    features_extractor: BaseFeaturesExtractor
-
-    def __init__(
-        self,
-        observation_space: spaces.Space,
-        action_space: spaces.Box,
-        features_extractor: BaseFeaturesExtractor,
-        normalize_images: bool = True,
-    ):
-        super().__init__(
-            observation_space, action_space, features_extractor=features_extractor, normalize_images=normalize_images
-        )
-
-    def encode(self, observations: PyTorchObs) -> th.Tensor:
-        """
-        :param observations: Batch of observations
-        :return: State features, shape (B, features_dim)
-        """
-        return self.extract_features(observations, self.features_extractor)
-
-
-class Critic(FeaturesModel):
-    """
-    Ensemble of Q-networks on [state features, action].
-
-    :param observation_space: Observation space
-    :param action_space: Action space
-    :param features_extractor: Network to extract features
-    :param features_dim: Number of features
-    :param net_arch: Widths of the hidden layers
-    :param activation_fn: Makes the activations
-    :param layer_norm: Whether to use LayerNorm in the hidden layers
-    :param n_critics: Number of Q-networks
-    :param output_dim: Number of outputs of each Q-network
-    :param share_features_extractor: Whether the extractor belongs to the actor, so that no gradient may reach it
+    :param network: The network behind the features
     :param normalize_images: Whether to divide images by 255
     """
 
@@ -88,161 +56,394 @@ class Critic(FeaturesModel):
         observation_space: spaces.Space,
         action_space: spaces.Box,
         features_extractor: BaseFeaturesExtractor,
-        features_dim: int,
-        net_arch: Sequence[int],
-        activation_fn: Callable[[], nn.Module],
-        layer_norm: bool,
-        n_critics: int,
-        output_dim: int,
-        share_features_extractor: bool,
+        network: FlowMLP,
         normalize_images: bool = True,
     ):
         super().__init__(observation_space, action_space, features_extractor, normalize_images)
-        self.share_features_extractor = share_features_extractor
-        self.q_networks = nn.ModuleList(
-            MultiInputMLP([features_dim, get_action_dim(action_space)], 0, output_dim, net_arch, activation_fn, layer_norm)
-            for _ in range(n_critics)
-        )
-        init_linear_layers(self.q_networks)
+        self.network = network
 
-    def encode(self, observations: PyTorchObs) -> th.Tensor:
-        with th.set_grad_enabled(th.is_grad_enabled() and not self.share_features_extractor):
-            return super().encode(observations)
+    def forward(self, features: th.Tensor, noisy_actions: th.Tensor, t: th.Tensor, length: th.Tensor) -> th.Tensor:
+        """
+        :param features: State features, shape (..., features_dim)
+        :param noisy_actions: a_t, shape (..., d)
+        :param t: End of the interval in [0, 1], shape (..., 1)
+        :param length: Its length t - r in [0, t], shape (..., 1)
+        :return: Average velocity over [r, t], shape (..., d)
+        """
+        return self.network(features, noisy_actions, t, length)
 
-    def outputs(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
+    def linearize_velocity(
+        self, features: th.Tensor, noisy_actions: th.Tensor, t: th.Tensor
+    ) -> tuple[th.Tensor, Callable[[th.Tensor], th.Tensor]]:
         """
-        :param features: State features, shape (..., features_dim), leading dimensions broadcast against those of actions
-        :param actions: Actions in [-1, 1], shape (..., d)
-        :return: Raw outputs, shape (n_critics, ..., output_dim)
-        """
-        return th.stack([q_network(features, actions) for q_network in self.q_networks])
+        Instantaneous velocity v(s, a_t, t) = u(s, a_t, t, t), and its Jacobian with respect to a_t.
 
-    def forward(self, observations: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, ...]:
-        """
-        Q-values in the form of SB3's ``ContinuousCritic``.
-
-        :param observations: Batch of observations
-        :param actions: Actions in [-1, 1], shape (B, d)
-        :return: One tensor of shape (B, 1) per critic, in units of return
-        """
-        return tuple(self.q_values(self.encode(observations), actions).unsqueeze(-1))
-
-    def q_values(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
-        """
         :param features: State features, shape (B, ..., features_dim)
-        :param actions: Actions in [-1, 1], shape (B, ..., d)
-        :return: Expected soft returns, shape (n_critics, B, ...)
+        :param noisy_actions: a_t, shape (B, ..., d)
+        :param t: Time in [0, 1], shape (..., 1)
+        :return: d a_t / dt, shape (B, ..., d); the function that multiplies the Jacobian by vectors, shape (N, B, ..., d),
+            without gradient
         """
+        return self.network.linearize(features, noisy_actions, t, th.zeros_like(t))
 
-        def values(features: th.Tensor, actions: th.Tensor) -> th.Tensor:
-            # The critics come last, so that chunks can be put together along the first dimension
-            return th.stack([self.expected_return(q_network(features, actions)) for q_network in self.q_networks], dim=-1)
 
-        return in_chunks(values, features, actions).movedim(-1, 0)
+class FlowPolicy(BasePolicy):
+    """
+    Policy with a mean-flow actor and critics: base of those of MFPO and SOM. They say of what else a policy consists
+    (``_build``), and in how many steps it acts by default.
 
-    @abstractmethod
-    def expected_return(self, outputs: th.Tensor) -> th.Tensor:
-        """
-        :param outputs: Raw outputs, shape (..., output_dim)
-        :return: Expected soft returns, shape (...)
-        """
+    :param observation_space: Observation space
+    :param action_space: Action space
+    :param lr_schedule: Learning rate schedule (could be constant)
+    :param net_arch: Widths of the hidden layers, [256, 256, 256] by default, or ``dict(pi=[...], qf=[...])``
+    :param activation_fn: Activation function, or anything that makes one; tanh-approximated GELU by default
+    :param layer_norm: Whether to use LayerNorm in all hidden layers
+    :param time_fourier_dim: Number of learned Fourier features of each time (even)
+    :param time_embedding_dim: Size of a time's embedding
+    :param sampling_steps: Number of steps T from noise to action; an algorithm's policy has its own default
+    :param critic_type: "categorical" (C51) or "scalar" (plain Q-networks, mean squared error)
+    :param n_action_candidates: Number M of candidates of which ``predict(deterministic=True)`` takes the best; 1 takes the
+        action that the centre of the noise leads to
+    :param n_critics: Number of critic networks
+    :param n_atoms: Number of atoms of the value distribution
+    :param v_min: Lowest atom, in units of (soft, discounted) return
+    :param v_max: Highest atom, in units of (soft, discounted) return
+    :param critic_reduction: "min" or "mean" over the critics when candidates are compared; set by the algorithm
+    :param features_extractor_class: Features extractor to use; by default one that suits the policy's kind of observations
+        (``FlattenExtractor``, ``NatureCNN``, ``CombinedExtractor``)
+    :param features_extractor_kwargs: Keyword arguments to pass to the features extractor
+    :param normalize_images: Whether to divide images by 255
+    :param optimizer_class: The optimizer to use, ``th.optim.Adam`` by default
+    :param optimizer_kwargs: Additional keyword arguments, excluding the learning rate, to pass to the optimizer
+    :param share_features_extractor: Whether actor and critic share a features extractor, which then learns from the actor's
+        loss alone, as in SAC
+    :raises ValueError: If an argument is out of range; the message names it
+    """
 
-    @abstractmethod
-    def bellman_target(
+    default_features_extractor: ClassVar[type[BaseFeaturesExtractor]] = FlattenExtractor
+    # "mean_flow" (average velocity over an interval) or "flow_matching" (velocity at its start)
+    actor_type: str = "mean_flow"
+
+    action_space: spaces.Box
+    actor: MeanFlowActor
+    critic: Critic
+    critic_target: Critic
+    sampling_times: th.Tensor
+    candidate_noise: th.Tensor
+
+    def __init__(
         self,
-        features: th.Tensor,
-        actions: th.Tensor,
-        rewards: th.Tensor,
-        discounts: th.Tensor,
-        bonus: th.Tensor,
-        reduction: str,
-    ) -> tuple[th.Tensor, th.Tensor]:
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        lr_schedule: Schedule,
+        net_arch: list[int] | dict[str, list[int]] | None = None,
+        activation_fn: Callable[[], nn.Module] = TanhGELU,
+        layer_norm: bool = True,
+        time_fourier_dim: int = 128,
+        time_embedding_dim: int = 64,
+        *,
+        sampling_steps: int,
+        critic_type: str = "categorical",
+        n_action_candidates: int = 10,
+        n_critics: int = 2,
+        n_atoms: int = 101,
+        v_min: float = -1600.0,
+        v_max: float = 1600.0,
+        critic_reduction: str = "min",
+        features_extractor_class: type[BaseFeaturesExtractor] | None = None,
+        features_extractor_kwargs: dict[str, Any] | None = None,
+        normalize_images: bool = True,
+        optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        share_features_extractor: bool = False,
+    ):
+        self.check_arguments(
+            net_arch=net_arch,
+            time_fourier_dim=time_fourier_dim,
+            time_embedding_dim=time_embedding_dim,
+            critic_type=critic_type,
+            sampling_steps=sampling_steps,
+            n_action_candidates=n_action_candidates,
+            n_critics=n_critics,
+            n_atoms=n_atoms,
+            v_min=v_min,
+            v_max=v_max,
+            critic_reduction=critic_reduction,
+        )
+        super().__init__(
+            observation_space,
+            action_space,
+            features_extractor_class or self.default_features_extractor,
+            features_extractor_kwargs,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
+            squash_output=True,
+            normalize_images=normalize_images,
+        )
+        self.net_arch = [256, 256, 256] if net_arch is None else net_arch
+        self.activation_fn = activation_fn
+        self.layer_norm = layer_norm
+        self.time_fourier_dim = time_fourier_dim
+        self.time_embedding_dim = time_embedding_dim
+        self.critic_type = critic_type
+        self.n_critics = n_critics
+        self.n_atoms = n_atoms
+        self.v_min = v_min
+        self.v_max = v_max
+        self.critic_reduction = critic_reduction
+        self.share_features_extractor = share_features_extractor
+        # Buffers, so that a checkpoint restores how the policy acts whatever it was constructed with
+        self.register_buffer("sampling_times", th.empty(0))
+        self.register_buffer("candidate_noise", th.empty(0))
+        self.sampling_steps = sampling_steps
+        self.n_action_candidates = n_action_candidates
+
+    @classmethod
+    def check_arguments(cls, **kwargs: Any) -> None:
         """
-        Soft Bellman target from this critic's values at the next state.
+        Check arguments of the constructor, those not given by their defaults.
 
-        :param features: Next state's features, shape (B, features_dim)
-        :param actions: Next actions in [-1, 1], shape (B, d)
-        :param rewards: shape (B, 1)
-        :param discounts: Discount factors, zero where the episode terminated, shape (B, 1)
-        :param bonus: Entropy bonus -alpha log pi(a' | s'), shape (B, 1)
-        :param reduction: "min" or "mean" over the critics
-        :return: What ``loss`` takes as target; the share of the target's mass that was clipped, a scalar in [0, 1]
+        :param kwargs: Arguments by name; unknown names are left to the constructor
+        :raises ValueError: If one is out of range; the message names it
         """
+        values: dict[str, Any] = {}
+        for base in reversed(cls.__mro__):
+            values |= {name: parameter.default for name, parameter in inspect.signature(base).parameters.items()}
+        values |= kwargs
 
-    @abstractmethod
-    def loss(self, features: th.Tensor, actions: th.Tensor, target: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        for name in ("sampling_steps", "n_action_candidates", "n_critics", "time_embedding_dim"):
+            check_integer(name, values[name], minimum=1)
+        for name in ("n_atoms", "time_fourier_dim"):
+            check_integer(name, values[name], minimum=2)
+        if values["time_fourier_dim"] % 2 == 1:
+            raise ValueError(f"`time_fourier_dim` must be even (cosines and sines), not {values['time_fourier_dim']}.")
+        check_choice("critic_type", values["critic_type"], CRITIC_TYPES)
+        check_choice("critic_reduction", values["critic_reduction"], CRITIC_REDUCTIONS)
+        check_range("v_min", values["v_min"])
+        check_range("v_max", values["v_max"])
+        if values["v_min"] >= values["v_max"]:
+            raise ValueError(
+                f"`v_min` must be below `v_max`, not v_min={values['v_min']}, v_max={values['v_max']}. They should enclose "
+                "all discounted returns of the task."
+            )
+        if values["net_arch"] is not None:
+            for arch in get_actor_critic_arch(values["net_arch"]):
+                if len(arch) == 0:
+                    raise ValueError(f"`net_arch` needs a hidden layer for actor and critic, not {values['net_arch']!r}.")
+                for width in arch:
+                    check_integer("net_arch", width, minimum=1)
+
+    @property
+    def sampling_steps(self) -> int:
+        """Number of steps from noise to action; may be changed at any time, also on a trained model."""
+        return len(self.sampling_times) - 1
+
+    @sampling_steps.setter
+    def sampling_steps(self, value: int) -> None:
+        check_integer("sampling_steps", value, 1)
+        self.sampling_times = th.linspace(1, 0, value + 1, device=self.sampling_times.device)
+
+    @property
+    def n_action_candidates(self) -> int:
+        """Number of candidates of ``predict(deterministic=True)``; may be changed at any time, also on a trained model."""
+        return len(self.candidate_noise)
+
+    @n_action_candidates.setter
+    def n_action_candidates(self, value: int) -> None:
+        check_integer("n_action_candidates", value, 1)
+        self.candidate_noise = spread_noise(value, get_action_dim(self.action_space)).to(self.candidate_noise.device)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # The sizes of these buffers are settings: take those of the checkpoint
+        for name in ("sampling_times", "candidate_noise"):
+            if prefix + name in state_dict:
+                setattr(self, name, getattr(self, name).new_empty(state_dict[prefix + name].shape))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _build_actor(self, net_arch: Sequence[int], lr_schedule: Schedule) -> None:
         """
-        :param features: State features, shape (B, features_dim)
-        :param actions: Actions in [-1, 1], shape (B, d)
-        :param target: From ``bellman_target``
-        :return: Loss, summed over the critics and averaged over the batch, a scalar; mean expected return, a scalar
+        :param net_arch: Widths of the hidden layers
+        :param lr_schedule: Learning rate schedule; ``lr_schedule(1)`` is the initial learning rate
         """
+        self.actor = self.make_actor(net_arch)
+        self.actor.optimizer = self._make_optimizer(self.actor.parameters(), lr_schedule)
 
+    def _build_critics(self, net_arch: Sequence[int], lr_schedule: Schedule) -> None:
+        """
+        Create the critics and their targets; the actor comes first.
 
-class CategoricalCritic(Critic):
-    """
-    Q-networks that predict a categorical distribution of the soft return (C51).
+        :param net_arch: Widths of the hidden layers
+        :param lr_schedule: Learning rate schedule; ``lr_schedule(1)`` is the initial learning rate
+        """
+        shared = self.actor.features_extractor if self.share_features_extractor else None
+        self.critic = self.make_critic(net_arch, shared)
+        # A shared features extractor is optimized with the actor
+        critic_parameters = [
+            parameter
+            for name, parameter in self.critic.named_parameters()
+            if not (self.share_features_extractor and name.startswith("features_extractor."))
+        ]
+        self.critic.optimizer = self._make_optimizer(critic_parameters, lr_schedule)
+        # The target never shares its features extractor: it lags behind
+        self.critic_target = self.make_critic(net_arch, None)
+        self.critic_target.load_state_dict(self.critic.state_dict())
+        self.critic_target.set_training_mode(False)
 
-    :param atoms: Support, evenly spaced, in units of return, shape (n_atoms,)
-    :param kwargs: Those of ``Critic`` but ``output_dim``
-    """
+    def _make_optimizer(self, parameters: Any, lr_schedule: Schedule) -> th.optim.Optimizer:
+        kwargs = self.optimizer_kwargs
+        if self.optimizer_class in (th.optim.Adam, th.optim.AdamW) and not kwargs.keys() & {
+            "fused",
+            "foreach",
+            "differentiable",
+        }:
+            # All parameters in one operator
+            kwargs = {**kwargs, "fused": True}
+        return self.optimizer_class(parameters, lr=lr_schedule(1), **kwargs)  # type: ignore[call-arg]
 
-    atoms: th.Tensor
+    def _flow_arguments(self, net_arch: Sequence[int], features_dim: int) -> dict[str, Any]:
+        return dict(
+            features_dim=features_dim,
+            action_dim=get_action_dim(self.action_space),
+            net_arch=net_arch,
+            activation_fn=self.activation_fn,
+            layer_norm=self.layer_norm,
+            time_fourier_dim=self.time_fourier_dim,
+            time_embedding_dim=self.time_embedding_dim,
+        )
 
-    def __init__(self, *, atoms: th.Tensor, **kwargs: Any):
-        super().__init__(output_dim=len(atoms), **kwargs)
-        self.register_buffer("atoms", atoms)
+    def make_actor(self, net_arch: Sequence[int]) -> MeanFlowActor:
+        """
+        :param net_arch: Widths of the hidden layers
+        :return: The actor, with a features extractor of its own
+        """
+        features_extractor = self.make_features_extractor()
+        network = FlowMLP(
+            **self._flow_arguments(net_arch, features_extractor.features_dim),
+            output_dim=get_action_dim(self.action_space),
+            instantaneous=self.actor_type == "flow_matching",
+        )
+        return MeanFlowActor(
+            self.observation_space,
+            self.action_space,
+            features_extractor,
+            network,
+            self.normalize_images,
+        ).to(self.device)
 
-    def expected_return(self, outputs: th.Tensor) -> th.Tensor:
-        return categorical.expected_value_of_logits(outputs, self.atoms)
+    def make_critic(self, net_arch: Sequence[int], features_extractor: BaseFeaturesExtractor | None) -> Critic:
+        """
+        :param net_arch: Widths of the hidden layers
+        :param features_extractor: The actor's features extractor, to share it; None makes one
+        :return: The critics
+        """
+        share = features_extractor is not None
+        features_extractor = features_extractor or self.make_features_extractor()
+        kwargs = dict(
+            observation_space=self.observation_space,
+            action_space=self.action_space,
+            features_extractor=features_extractor,
+            features_dim=features_extractor.features_dim,
+            net_arch=net_arch,
+            activation_fn=self.activation_fn,
+            layer_norm=self.layer_norm,
+            n_critics=self.n_critics,
+            share_features_extractor=share,
+            normalize_images=self.normalize_images,
+        )
+        if self.critic_type == "scalar":
+            return ScalarCritic(**kwargs).to(self.device)
+        atoms = th.linspace(self.v_min, self.v_max, self.n_atoms)
+        return CategoricalCritic(**kwargs, atoms=atoms).to(self.device)
 
-    def bellman_target(
-        self,
-        features: th.Tensor,
-        actions: th.Tensor,
-        rewards: th.Tensor,
-        discounts: th.Tensor,
-        bonus: th.Tensor,
-        reduction: str,
-    ) -> tuple[th.Tensor, th.Tensor]:
-        probs = self.outputs(features, actions).softmax(dim=-1)
-        positions = categorical.bellman_atoms(rewards, discounts, bonus, self.atoms)
-        target = categorical.reduce_distributions(categorical.project(probs, positions, self.atoms), self.atoms, reduction)
-        return target, categorical.clipped_mass(probs, positions, self.atoms).mean()
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+        data.update(
+            lr_schedule=self._dummy_schedule,  # not needed for loading the policy alone
+            net_arch=self.net_arch,
+            activation_fn=self.activation_fn,
+            layer_norm=self.layer_norm,
+            time_fourier_dim=self.time_fourier_dim,
+            time_embedding_dim=self.time_embedding_dim,
+            critic_type=self.critic_type,
+            sampling_steps=self.sampling_steps,
+            n_action_candidates=self.n_action_candidates,
+            n_critics=self.n_critics,
+            n_atoms=self.n_atoms,
+            v_min=self.v_min,
+            v_max=self.v_max,
+            critic_reduction=self.critic_reduction,
+            features_extractor_class=self.features_extractor_class,
+            features_extractor_kwargs=self.features_extractor_kwargs,
+            optimizer_class=self.optimizer_class,
+            optimizer_kwargs=self.optimizer_kwargs,
+            share_features_extractor=self.share_features_extractor,
+        )
+        return data
 
-    def loss(self, features: th.Tensor, actions: th.Tensor, target: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        logits = self.outputs(features, actions)
-        with th.no_grad():
-            q_value = self.expected_return(logits).mean()
-        return categorical.cross_entropy(logits, target).sum(), q_value
+    def act(self, features: th.Tensor, noise: th.Tensor, time_shares: th.Tensor | None = None) -> th.Tensor:
+        """
+        Carry noise to actions in ``sampling_steps`` steps.
 
+        :param features: The actor's state features, shape (B, ..., features_dim), broadcast against ``noise``
+        :param noise: Standard-normal noise, shape (B, ..., d)
+        :param time_shares: What the actor makes of ``sampling_times`` (``FlowMLP.time_shares``), if at hand
+        :return: Actions clipped to [-1, 1], shape (B, ..., d)
+        """
+        network = self.actor.network
+        if time_shares is None:
+            time_shares = network.remembered_time_shares(self.sampling_times)
+        return few_step_sample(network.on_grid(features, time_shares), noise, self.sampling_times)[0].clamp(-1, 1)
 
-class ScalarCritic(Critic):
-    """
-    Q-networks that predict the expected soft return itself, trained by mean squared error as in SAC.
+    def _draw_noise(self, features: th.Tensor) -> th.Tensor:
+        return th.randn(len(features), self.candidate_noise.shape[1], device=features.device)
 
-    :param kwargs: Those of ``Critic`` but ``output_dim``
-    """
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        return self._predict(obs, deterministic=deterministic)
 
-    def __init__(self, **kwargs: Any):
-        super().__init__(output_dim=1, **kwargs)
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        if not deterministic:
+            features = self.actor.encode(observation)
+            return self.act(features, self._draw_noise(features))
+        # One by one: the rounding of a matrix product depends on the number of rows, and where two candidates are nearly
+        # equal that could change which one wins. The copy gives every row the same memory alignment.
+        if isinstance(observation, dict):
+            n = len(next(iter(observation.values())))
+            rows: list[PyTorchObs] = [{key: value[i : i + 1].clone() for key, value in observation.items()} for i in range(n)]
+        else:
+            rows = [observation[i : i + 1].clone() for i in range(len(observation))]
+        return th.stack([self._best_candidate(row) for row in rows])
 
-    def expected_return(self, outputs: th.Tensor) -> th.Tensor:
-        return outputs.squeeze(-1)
+    def _best_candidate(self, observation: PyTorchObs) -> th.Tensor:
+        """
+        The best, by the target critics, of the actions that ``candidate_noise`` leads to. The authors draw fresh noise; fixed
+        noise makes the action a function of the weights and the observation alone.
 
-    def bellman_target(
-        self,
-        features: th.Tensor,
-        actions: th.Tensor,
-        rewards: th.Tensor,
-        discounts: th.Tensor,
-        bonus: th.Tensor,
-        reduction: str,
-    ) -> tuple[th.Tensor, th.Tensor]:
-        next_values = categorical.reduce_values(self.outputs(features, actions), reduction)
-        return rewards + discounts * (next_values + bonus), rewards.new_zeros(())
+        :param observation: A single observation, with batch dimension
+        :return: Action in [-1, 1], shape (d,)
+        """
+        candidates = self.act(self.actor.encode(observation), self.candidate_noise)
+        if len(candidates) == 1:
+            return candidates[0]
+        q_values = self.critic_target.q_values(self.critic_target.encode(observation), candidates)
+        return candidates[reduce_values(q_values, self.critic_reduction).argmax()]
 
-    def loss(self, features: th.Tensor, actions: th.Tensor, target: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        values = self.outputs(features, actions)
-        # The factor is SB3's (SAC): the gradient of half the squared error is the error
-        return 0.5 * F.mse_loss(values, target.expand_as(values)) * len(values), values.detach().mean()
+    def _networks(self) -> list[nn.Module]:
+        """
+        :return: What training trains
+        """
+        return [self.actor, self.critic]
+
+    def set_training_mode(self, mode: bool) -> None:
+        """
+        Put the policy in either training or evaluation mode, which affects batch normalisation and dropout. The target
+        critics always stay in evaluation mode.
+
+        :param mode: Training mode if true, else evaluation mode
+        """
+        networks = self._networks()
+        # Every prediction asks for evaluation mode, and going through all layers costs as much as an action
+        if all(module.training == mode for module in (self, *networks)):
+            return
+        for module in networks:
+            module.train(mode)
+        self.training = mode

@@ -2,47 +2,28 @@
 
 from __future__ import annotations
 
-import warnings
-from collections import defaultdict
-from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
-from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import get_action_dim
-from stable_baselines3.common.type_aliases import (
-    GymEnv,
-    MaybeCallback,
-    PyTorchObs,
-    ReplayBufferSamples,
-    RolloutReturn,
-    Schedule,
-    TrainFreq,
-)
-from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, ReplayBufferSamples, Schedule
 from torch.nn import functional as F
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sb3_mfpo.common import importance, mean_flow
-from sb3_mfpo.common.acceleration import StepRunner, onednn_matmul, onednn_matmul_is_exact
-from sb3_mfpo.common.buffers import store_as_float32
 from sb3_mfpo.common.categorical import reduce_values
-from sb3_mfpo.common.checks import check_choice, check_finite, check_integer, check_range
+from sb3_mfpo.common.checks import check_integer
 from sb3_mfpo.common.divergence import hutchinson_divergence
-from sb3_mfpo.common.policies import Critic
+from sb3_mfpo.common.off_policy import FlowAlgorithm, FlowDraws
+from sb3_mfpo.common.score import linear_path
 from sb3_mfpo.mfpo.policies import (
-    CRITIC_REDUCTIONS,
     AverageDivergenceNetwork,
     CnnPolicy,
     InstantaneousDivergence,
-    MeanFlowActor,
     MFPOPolicy,
     MlpPolicy,
     MultiInputPolicy,
@@ -50,22 +31,6 @@ from sb3_mfpo.mfpo.policies import (
 
 SelfMFPO = TypeVar("SelfMFPO", bound="MFPO")
 TimeShares = tuple[th.Tensor, th.Tensor]
-
-
-# In the order in which a gradient step looks at them
-LOSSES = ("critic_loss", "actor_loss", "divergence_loss", "ent_coef_loss")
-
-
-class FlowDraws(NamedTuple):
-    """
-    Random draws of a regression on the flow.
-
-    ``t`` and ``r``: time pairs in (0, 1), shape (B, 1); ``noise``: standard normal, shape (B, d).
-    """
-
-    t: th.Tensor
-    r: th.Tensor
-    noise: th.Tensor
 
 
 class GradientStepDraws(NamedTuple):
@@ -85,7 +50,7 @@ class GradientStepDraws(NamedTuple):
     probes: th.Tensor
 
 
-class MFPO(OffPolicyAlgorithm):
+class MFPO(FlowAlgorithm):
     """
     Mean Flow Policy Optimization (MFPO)
 
@@ -159,16 +124,9 @@ class MFPO(OffPolicyAlgorithm):
         "CnnPolicy": CnnPolicy,
         "MultiInputPolicy": MultiInputPolicy,
     }
+    policy_base = MFPOPolicy
     policy: MFPOPolicy
-    actor: MeanFlowActor
     divergence: AverageDivergenceNetwork | InstantaneousDivergence
-    critic: Critic
-    critic_target: Critic
-
-    # Share of the target's mass beyond the support from which a user should know
-    MAX_CLIPPED_MASS = 0.01
-    # Half-width of the action space beyond which it is probably not meant
-    MAX_USUAL_BOUND = 100.0
 
     def __init__(
         self,
@@ -229,97 +187,48 @@ class MFPO(OffPolicyAlgorithm):
             train_freq,
             gradient_steps,
             action_noise,
-            replay_buffer_class=replay_buffer_class,
-            replay_buffer_kwargs=replay_buffer_kwargs,
-            optimize_memory_usage=optimize_memory_usage,
-            n_steps=n_steps,
-            policy_kwargs=policy_kwargs,
-            stats_window_size=stats_window_size,
-            tensorboard_log=tensorboard_log,
-            verbose=verbose,
-            device=device,
-            seed=seed,
-            sde_support=False,
-            supported_action_spaces=(spaces.Box,),
-            support_multi_env=True,
+            replay_buffer_class,
+            replay_buffer_kwargs,
+            optimize_memory_usage,
+            n_steps,
+            target_update_interval,
+            stats_window_size,
+            tensorboard_log,
+            policy_kwargs,
+            verbose,
+            seed,
+            device,
+            equal_time_share,
+            time_mean,
+            time_std,
+            critic_reduction,
+            policy_delay,
+            compile_step,
+            onednn_matmul,
         )
         self.ent_coef = ent_coef
         self.target_entropy = target_entropy
-        self.target_update_interval = target_update_interval
         self.n_policy_samples = n_policy_samples
         self.n_gaussian_samples = n_gaussian_samples
         self.n_probes = n_probes
-        self.equal_time_share = equal_time_share
-        self.time_mean = time_mean
-        self.time_std = time_std
-        self.critic_reduction = critic_reduction
-        self.policy_delay = policy_delay
-        self.compile_step = compile_step
-        self.onednn_matmul = onednn_matmul
         self.log_ent_coef: th.Tensor | None = None
         self.ent_coef_optimizer: th.optim.Optimizer | None = None
-        self._rollout_timesteps = 0
-        self._warned_of_clipping = False
 
         if _init_setup_model:
             self._setup_model()
 
     def _check_arguments(self) -> None:
-        """
-        Check everything that can be checked without work.
-
-        :raises ValueError: If an argument is out of range; the message names it
-        """
-        for name in ("buffer_size", "batch_size", "n_steps", "n_probes", "policy_delay", "target_update_interval"):
-            check_integer(name, getattr(self, name), minimum=1)
-        for name in ("learning_starts", "n_policy_samples", "n_gaussian_samples"):
+        super()._check_arguments()
+        check_integer("n_probes", self.n_probes, minimum=1)
+        for name in ("n_policy_samples", "n_gaussian_samples"):
             check_integer(name, getattr(self, name), minimum=0)
-        check_integer("gradient_steps", self.gradient_steps, minimum=-1)
-        for name in ("tau", "gamma", "equal_time_share"):
-            check_range(name, getattr(self, name), 0, 1)
-        check_range("time_mean", self.time_mean)
-        check_range("time_std", self.time_std, low=0)
-        check_choice("critic_reduction", self.critic_reduction, CRITIC_REDUCTIONS)
-        for name in ("compile_step", "onednn_matmul"):
-            check_choice(name, getattr(self, name), (True, False))
         if self.n_policy_samples + self.n_gaussian_samples == 0:
             raise ValueError("`n_policy_samples` and `n_gaussian_samples` are both 0: the velocity estimate needs a proposal.")
         parse_ent_coef(self.ent_coef)
         parse_target_entropy(self.target_entropy, self.action_space)
-        if not issubclass(self.policy_class, MFPOPolicy):
-            raise ValueError(
-                f"`policy` must be one of {list(self.policy_aliases)} or an `MFPOPolicy`, not {self.policy_class}."
-            )
-        if "critic_reduction" in self.policy_kwargs:
-            raise ValueError("`critic_reduction` is an argument of MFPO itself, which hands it to the policy: move it there.")
-        self.policy_class.check_arguments(**self.policy_kwargs)
-
-        low, high = self.action_space.low, self.action_space.high  # type: ignore[attr-defined]
-        if not (low < high).all():
-            raise ValueError(f"Every lower bound of the action space must be below the upper bound, not {self.action_space}.")
-        if max(abs(low).max(), abs(high).max()) > self.MAX_USUAL_BOUND:
-            warnings.warn(
-                f"The action space reaches beyond {self.MAX_USUAL_BOUND:g} ({self.action_space}). The policy explores all "
-                "of it alike: if the bounds are only nominal, give the environment tighter ones.",
-                stacklevel=4,
-            )
-        if self.n_envs > 1 and self.gradient_steps == 1:
-            warnings.warn(
-                f"`gradient_steps=1` with {self.n_envs} environments lowers the number of updates per environment step; "
-                "`gradient_steps=-1` keeps it at one.",
-                stacklevel=4,
-            )
 
     def _setup_model(self) -> None:
-        self._check_arguments()
         super()._setup_model()
-        store_as_float32(self.replay_buffer)  # type: ignore[arg-type]
-        self.policy.critic_reduction = self.critic_reduction
-        self._create_aliases()
-        self._runner = StepRunner(self.device, self.compile_step)
-        self._uses_onednn = self._check_onednn()
-        self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
-        self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
         self.target_entropy = parse_target_entropy(self.target_entropy, self.action_space)
         value, learned = parse_ent_coef(self.ent_coef)
         if learned:
@@ -329,185 +238,31 @@ class MFPO(OffPolicyAlgorithm):
         else:
             self.ent_coef_tensor = th.tensor(value, device=self.device)
 
-    def _check_onednn(self) -> bool:
-        if not self.onednn_matmul or self.device.type != "cpu":
-            return False
-        if not onednn_matmul_is_exact():
-            warnings.warn(
-                "`onednn_matmul=True` has no effect here: on this processor (or with this PyTorch) oneDNN would round the "
-                "products to bfloat16. Remove the argument.",
-                stacklevel=4,
-            )
-            return False
-        return True
-
     def _create_aliases(self) -> None:
-        self.actor = self.policy.actor
+        super()._create_aliases()
         self.divergence = self.policy.divergence
-        self.critic = self.policy.critic
-        self.critic_target = self.policy.critic_target
-
-    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
-        result = super()._setup_learn(*args, **kwargs)
-        last_obs = self._last_obs if self._vec_normalize_env is None else self._vec_normalize_env.get_original_obs()
-        assert last_obs is not None
-        check_finite("observation", last_obs, self.num_timesteps)
-        return result
-
-    def collect_rollouts(
-        self,
-        env: VecEnv,
-        callback: BaseCallback,
-        train_freq: TrainFreq,
-        replay_buffer: ReplayBuffer,
-        action_noise: ActionNoise | None = None,
-        learning_starts: int = 0,
-        log_interval: int | None = None,
-    ) -> RolloutReturn:
-        rollout = super().collect_rollouts(
-            env, callback, train_freq, replay_buffer, action_noise, learning_starts, log_interval
-        )
-        self._rollout_timesteps = rollout.episode_timesteps
-        return rollout
-
-    def _store_transition(
-        self,
-        replay_buffer: ReplayBuffer,
-        buffer_action: np.ndarray,
-        new_obs: np.ndarray | dict[str, np.ndarray],
-        reward: np.ndarray,
-        dones: np.ndarray,
-        infos: list[dict[str, Any]],
-    ) -> None:
-        if self._vec_normalize_env is None:
-            raw_obs, raw_reward = new_obs, reward
-        else:
-            # Normalisation clips, which would hide an infinite number
-            raw_obs = self._vec_normalize_env.get_original_obs()
-            raw_reward = self._vec_normalize_env.get_original_reward()
-        check_finite("observation", raw_obs, self.num_timesteps)
-        check_finite("reward", raw_reward, self.num_timesteps)
-        for i, info in enumerate(infos):
-            if dones[i] and "terminal_observation" in info:
-                last = info["terminal_observation"]
-                batch = {key: np.asarray(value)[None] for key, value in last.items()} if isinstance(last, dict) else last[None]
-                check_finite("terminal observation", batch, self.num_timesteps, first_env=i)
-        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
-
-    def train(self, gradient_steps: int, batch_size: int = 64) -> None:
-        """
-        Sample the replay buffer and do the updates.
-
-        :param gradient_steps: Number of gradient steps
-        :param batch_size: Minibatch size
-        :raises ValueError: If a loss is NaN or infinite; the step is then not taken. On a CPU it is noticed at once; on other
-            devices, which a look at every loss would stall, at the end of the call, all steps from that one on being skipped.
-        """
-        # This affects batch normalisation and dropout
-        self.policy.set_training_mode(True)
-        self._update_learning_rate(self._optimizers())
-        self._runner.failed.zero_()
-
-        history = []
-        with onednn_matmul(self._uses_onednn):
-            for _ in range(gradient_steps):
-                batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
-                history.append(self._gradient_step(batch))
-        self._log(self._read(history), gradient_steps)
-
-    def _gradient_step(self, batch: ReplayBufferSamples) -> dict[str, th.Tensor]:
-        """
-        :param batch: Sample of a replay buffer
-        :return: Quantities to log by name, scalars without gradient
-        """
-        self._n_updates += 1
-        flags = (self._n_updates % self.target_update_interval == 0, self._n_updates % self.policy_delay == 0)
-        return self._runner.run(self._draw_and_update, batch, flags, self._settings())
-
-    def _draw_and_update(self, batch: ReplayBufferSamples, update_target: bool, improve_policy: bool) -> dict[str, th.Tensor]:
-        return self._update(batch, self._draw(len(batch.actions)), update_target, improve_policy)
 
     def _settings(self) -> tuple[Any, ...]:
-        """
-        :return: All that a gradient step reads from this object and that is no tensor
-        """
-        return (
-            *(self.gamma, self.tau, self.n_policy_samples, self.n_gaussian_samples, self.n_probes, self.equal_time_share),
-            *(self.time_mean, self.time_std, self.critic_reduction, self.target_entropy, self.policy.sampling_steps),
-        )
+        samples = (self.n_policy_samples, self.n_gaussian_samples, self.n_probes)
+        return (*super()._settings(), *samples, self.target_entropy)
 
     def _optimizers(self) -> list[th.optim.Optimizer]:
-        optimizers = [self.actor.optimizer, self.critic.optimizer]
+        optimizers = super()._optimizers()
         if isinstance(self.divergence, AverageDivergenceNetwork):
             optimizers.append(self.divergence.optimizer)
         if self.ent_coef_optimizer is not None:
             optimizers.append(self.ent_coef_optimizer)
         return optimizers
 
-    def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
-        super()._update_learning_rate(optimizers)
-        self._runner.prepare(optimizers if isinstance(optimizers, list) else [optimizers])
-
-    def _read(self, history: list[dict[str, th.Tensor]]) -> dict[str, float]:
-        """
-        Bring what the gradient steps have recorded to the CPU, all at once: every transfer waits for the device.
-
-        :param history: Quantities by name, for every step
-        :return: Their means
-        :raises ValueError: If a loss was NaN or infinite
-        """
-        tensors = [self._runner.failed, *(value for metrics in history for value in metrics.values())]
-        failed, *values = th.stack(tensors).tolist()
-        columns, remaining = defaultdict(list), iter(values)
-        for metrics in history:
-            for name in metrics:
-                columns[name].append(next(remaining))
-        if failed:
-            self._n_updates -= len(history)
-            for metrics in history:
-                self._n_updates += 1
-                for name in LOSSES:
-                    if name in metrics:
-                        self._raise_if_not_finite(name, metrics[name])
-        return {name: float(np.mean(column)) for name, column in columns.items()}
-
-    def _log(self, metrics: dict[str, float], gradient_steps: int) -> None:
-        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        self.logger.record("train/updates_per_step", gradient_steps / max(self._rollout_timesteps, 1))
-        for name, value in metrics.items():
-            self.logger.record(f"train/{name}", value)
-        if metrics.get("clipped_target_mass", 0.0) > self.MAX_CLIPPED_MASS and not self._warned_of_clipping:
-            self._warned_of_clipping = True
-            warnings.warn(
-                f"{metrics['clipped_target_mass']:.1%} of the value targets' mass lies outside of [v_min, v_max] = "
-                f"[{self.policy.v_min:g}, {self.policy.v_max:g}] and is clipped (gradient step {self._n_updates}): returns "
-                "beyond are not told apart. Widen them, `policy_kwargs=dict(v_min=..., v_max=...)`, scale the rewards "
-                '(`VecNormalize`), or use `policy_kwargs=dict(critic_type="scalar")`.',
-                stacklevel=2,
-            )
-
     def _draw(self, batch_size: int) -> GradientStepDraws:
-        """
-        :param batch_size: Minibatch size B
-        :return: All randomness of one gradient step, from PyTorch's default generator
-        """
         d, n_policy = get_action_dim(self.action_space), max(self.n_policy_samples, 1)
-
-        def normal(*shape: int) -> th.Tensor:
-            return th.randn(*shape, device=self.device)
-
-        def flow_draws(network_type: str) -> FlowDraws:
-            n_equal = self._n_equal(batch_size, network_type)
-            times = mean_flow.sample_times(normal(batch_size, 2), self.time_mean, self.time_std, n_equal)
-            return FlowDraws(*times, normal(batch_size, d))
-
         return GradientStepDraws(
-            next_noise=normal(batch_size, d),
-            policy_noise=normal(batch_size, n_policy, d),
+            next_noise=self._normal(batch_size, d),
+            policy_noise=self._normal(batch_size, n_policy, d),
             uniform=th.rand(batch_size, self.n_gaussian_samples, d, device=self.device),
-            actor=flow_draws(self.policy.actor_type),
-            divergence=flow_draws(self.policy.divergence_type),
-            probes=normal(self.n_probes, batch_size, d),
+            actor=self._draw_flow(batch_size, self.policy.actor_type),
+            divergence=self._draw_flow(batch_size, self.policy.divergence_type),
+            probes=self._normal(self.n_probes, batch_size, d),
         )
 
     def _update(
@@ -517,20 +272,11 @@ class MFPO(OffPolicyAlgorithm):
         update_target: bool = True,
         improve_policy: bool = True,
     ) -> dict[str, th.Tensor]:
-        """
-        One step of the critics and, if asked for, of their targets and of the policy.
-
-        :param batch: Sample of a replay buffer
-        :param draws: The step's randomness
-        :param update_target: Whether the target critics follow
-        :param improve_policy: Whether to update actor, divergence network and temperature
-        :return: Quantities to log by name, scalars without gradient
-        """
         ent_coef = self._temperature()
         with th.no_grad():
             # For both samplings: the actor changes after them
             time_shares = self.policy.time_shares()
-        metrics = {"ent_coef": ent_coef} | self._update_critic(batch, draws, ent_coef, time_shares)
+        metrics = {"ent_coef": ent_coef} | self._update_critic(batch, draws.next_noise, ent_coef, time_shares)
         if update_target:
             self._update_target()
         if improve_policy:
@@ -542,44 +288,20 @@ class MFPO(OffPolicyAlgorithm):
             return self.ent_coef_tensor
         return self.log_ent_coef.detach().exp().squeeze()
 
-    def _update_critic(
-        self, batch: ReplayBufferSamples, draws: GradientStepDraws, ent_coef: th.Tensor, time_shares: TimeShares
-    ) -> dict[str, th.Tensor]:
-        loss, metrics = self._runner.compiled(self._critic_loss)(batch, draws.next_noise, ent_coef, time_shares)
-        self._optimize("critic_loss", loss, self.critic.optimizer)
-        return {"critic_loss": loss.detach()} | metrics
-
-    def _critic_loss(
-        self, batch: ReplayBufferSamples, next_noise: th.Tensor, ent_coef: th.Tensor, time_shares: TimeShares
-    ) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+    def _next_actions(
+        self, observations: PyTorchObs, noise: th.Tensor, ent_coef: th.Tensor, time_shares: TimeShares
+    ) -> tuple[th.Tensor, th.Tensor]:
         """
-        Regression of the critics on the soft Bellman target (Eq. 29).
+        Soft values: the bonus is the entropy's (Eq. 29).
 
-        :param batch: Sample of a replay buffer
-        :param next_noise: Starts the next actions, shape (B, d)
+        :param observations: Batch of next observations
+        :param noise: Starts the next actions, shape (B, d)
         :param ent_coef: Temperature
         :param time_shares: Of the policy
-        :return: Loss; quantities to log
+        :return: Samples of the policy, shape (B, d); -alpha log pi(a' | s'), shape (B, 1)
         """
-        # n-step buffers bring their own discounts, gamma to the number of steps that were summed
-        discounts = (1 - batch.dones) * (self.gamma if batch.discounts is None else batch.discounts)
-        with th.no_grad():
-            next_actions, log_prob = self.policy.sample(self.actor.encode(batch.next_observations), next_noise, time_shares)
-            target, clipped = self.critic_target.bellman_target(
-                self.critic_target.encode(batch.next_observations),
-                next_actions,
-                batch.rewards,
-                discounts,
-                -ent_coef * log_prob.unsqueeze(1),
-                self.critic_reduction,
-            )
-        loss, q_value = self.critic.loss(self.critic.encode(batch.observations), batch.actions, target)
-        return loss, {"q_value": q_value, "clipped_target_mass": clipped}
-
-    def _update_target(self) -> None:
-        get_ema_multi_avg_fn(1 - self.tau)(list(self.critic_target.parameters()), list(self.critic.parameters()), None)
-        # Running statistics of batch normalisation are copied, as in SAC
-        polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
+        actions, log_prob = self.policy.sample(self.actor.encode(observations), noise, time_shares)
+        return actions, -ent_coef * log_prob.unsqueeze(1)
 
     def _improve_policy(
         self, observations: PyTorchObs, draws: GradientStepDraws, ent_coef: th.Tensor, time_shares: TimeShares
@@ -644,7 +366,7 @@ class MFPO(OffPolicyAlgorithm):
         """
         t, r, noise = draws.actor
         # Sample: a point on the path from the first action
-        noisy_actions = mean_flow.interpolate(actions[:, 0], noise, t)
+        noisy_actions = mean_flow.interpolate(actions[:, 0], noise, *linear_path(t))
         # Weight: the Boltzmann policy's velocity there
         velocity, metrics = self._boltzmann_velocity(
             observations, actions, log_prob, noisy_actions, t, draws.uniform, ent_coef
@@ -655,19 +377,6 @@ class MFPO(OffPolicyAlgorithm):
         target = mean_flow.mean_flow_target(velocity, t - r, derivative)
         # Loss
         return F.mse_loss(average, target), metrics
-
-    def _total_derivative(self, push_forward: Callable[..., th.Tensor], velocity: th.Tensor, network_type: str) -> th.Tensor:
-        """
-        Derivative of an average over [r, t] along the flow, for the rows that have r < t.
-
-        :param push_forward: Of the network, see ``FlowMLP.linearize``
-        :param velocity: Instantaneous velocity, shape (B, d)
-        :param network_type: "mean_flow" or "flow_matching"
-        :return: shape (B - n_equal, output_dim)
-        """
-        rows = slice(self._n_equal(len(velocity), network_type), None)
-        tangent = velocity[rows]
-        return push_forward(tangent, tangent.new_ones(len(tangent), 1), rows=rows)
 
     @th.no_grad()
     def _boltzmann_velocity(
@@ -693,7 +402,7 @@ class MFPO(OffPolicyAlgorithm):
         :return: Velocity, shape (B, d); quantities to log
         """
         policy_actions, policy_log_prob = actions[:, : self.n_policy_samples], log_prob[:, : self.n_policy_samples]
-        gaussian_actions = importance.gaussian_proposal(noisy_actions, t, uniform)
+        gaussian_actions = importance.gaussian_proposal(noisy_actions, *linear_path(t), uniform)
         features = self.critic.encode(observations).unsqueeze(1)
         q_values = reduce_values(
             self.critic.q_values(features, th.cat([policy_actions, gaussian_actions], dim=1)), self.critic_reduction
@@ -739,7 +448,7 @@ class MFPO(OffPolicyAlgorithm):
         assert isinstance(self.divergence, AverageDivergenceNetwork)
         t, r, noise = draws
         # Sample: a point on the path from an action of the policy
-        noisy_actions = mean_flow.interpolate(actions, noise, t)
+        noisy_actions = mean_flow.interpolate(actions, noise, *linear_path(t))
         # Target: the MeanFlow identity around Hutchinson's estimate
         with th.no_grad():
             features = self.actor.encode(observations)
@@ -764,39 +473,6 @@ class MFPO(OffPolicyAlgorithm):
         self._optimize("ent_coef_loss", loss, self.ent_coef_optimizer)
         return {"entropy": entropy, "ent_coef_loss": loss.detach()}
 
-    def _n_equal(self, batch_size: int, network_type: str) -> int:
-        """
-        :param batch_size: Minibatch size B
-        :param network_type: "mean_flow" or "flow_matching", of which the latter learns from r = t alone
-        :return: Number of leading rows with r = t
-        """
-        return batch_size if network_type == "flow_matching" else int(self.equal_time_share * batch_size)
-
-    def _optimize(self, name: str, loss: th.Tensor, optimizer: th.optim.Optimizer) -> None:
-        """
-        Take a step down a loss.
-
-        :param name: Name of the loss, for the message
-        :param loss: A scalar
-        :param optimizer: Optimizer of the parameters to change
-        :raises ValueError: If the loss is NaN or infinite, before any weight changes
-        """
-        if not self._runner.defers_checks(optimizer):
-            self._raise_if_not_finite(name, loss)
-        self._runner.descend(loss, optimizer)
-
-    def _raise_if_not_finite(self, name: str, loss: th.Tensor) -> None:
-        if not th.isfinite(loss):
-            raise ValueError(
-                f"`{name}` is {loss.item()} at gradient step {self._n_updates} (environment step {self.num_timesteps}). The "
-                "step was not taken: saving the model now gives a clean checkpoint. Usual causes: rewards or observations of "
-                "a huge scale (use `VecNormalize`), or a too high learning rate."
-            )
-
-    def set_parameters(self, *args: Any, **kwargs: Any) -> None:
-        super().set_parameters(*args, **kwargs)
-        self._runner.forget_graphs()
-
     def learn(
         self: SelfMFPO,
         total_timesteps: int,
@@ -816,10 +492,10 @@ class MFPO(OffPolicyAlgorithm):
         )
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "actor", "divergence", "critic", "critic_target", "_runner"]
+        return [*super()._excluded_save_params(), "divergence"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        state_dicts = ["policy", "actor.optimizer", "critic.optimizer"]
+        state_dicts, _ = super()._get_torch_save_params()
         if isinstance(self.divergence, AverageDivergenceNetwork):
             state_dicts.append("divergence.optimizer")
         if self.ent_coef_optimizer is None:

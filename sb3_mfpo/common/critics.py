@@ -1,0 +1,232 @@
+"""Critics: ensembles of categorical or scalar Q-networks."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import BaseModel
+from stable_baselines3.common.preprocessing import get_action_dim
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.type_aliases import PyTorchObs
+from torch import nn
+from torch.nn import functional as F
+
+from sb3_mfpo.common import categorical
+from sb3_mfpo.common.torch_layers import MultiInputMLP, in_chunks, init_linear_layers
+
+
+class FeaturesModel(BaseModel):
+    """
+    Model that sees the state through a features extractor.
+
+    :param observation_space: Observation space
+    :param action_space: Action space
+    :param features_extractor: Network to extract features
+    :param normalize_images: Whether to divide images by 255
+    """
+
+    features_extractor: BaseFeaturesExtractor
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        features_extractor: BaseFeaturesExtractor,
+        normalize_images: bool = True,
+    ):
+        super().__init__(
+            observation_space, action_space, features_extractor=features_extractor, normalize_images=normalize_images
+        )
+
+    def encode(self, observations: PyTorchObs) -> th.Tensor:
+        """
+        :param observations: Batch of observations
+        :return: State features, shape (B, features_dim)
+        """
+        return self.extract_features(observations, self.features_extractor)
+
+
+class Critic(FeaturesModel):
+    """
+    Ensemble of Q-networks on [state features, action].
+
+    :param observation_space: Observation space
+    :param action_space: Action space
+    :param features_extractor: Network to extract features
+    :param features_dim: Number of features
+    :param net_arch: Widths of the hidden layers
+    :param activation_fn: Makes the activations
+    :param layer_norm: Whether to use LayerNorm in the hidden layers
+    :param n_critics: Number of Q-networks
+    :param output_dim: Number of outputs of each Q-network
+    :param share_features_extractor: Whether the extractor belongs to the actor, so that no gradient may reach it
+    :param normalize_images: Whether to divide images by 255
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        features_extractor: BaseFeaturesExtractor,
+        features_dim: int,
+        net_arch: Sequence[int],
+        activation_fn: Callable[[], nn.Module],
+        layer_norm: bool,
+        n_critics: int,
+        output_dim: int,
+        share_features_extractor: bool,
+        normalize_images: bool = True,
+    ):
+        super().__init__(observation_space, action_space, features_extractor, normalize_images)
+        self.share_features_extractor = share_features_extractor
+        self.q_networks = nn.ModuleList(
+            MultiInputMLP([features_dim, get_action_dim(action_space)], 0, output_dim, net_arch, activation_fn, layer_norm)
+            for _ in range(n_critics)
+        )
+        init_linear_layers(self.q_networks)
+
+    def encode(self, observations: PyTorchObs) -> th.Tensor:
+        with th.set_grad_enabled(th.is_grad_enabled() and not self.share_features_extractor):
+            return super().encode(observations)
+
+    def outputs(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        """
+        :param features: State features, shape (..., features_dim), leading dimensions broadcast against those of actions
+        :param actions: Actions in [-1, 1], shape (..., d)
+        :return: Raw outputs, shape (n_critics, ..., output_dim)
+        """
+        return th.stack([q_network(features, actions) for q_network in self.q_networks])
+
+    def forward(self, observations: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, ...]:
+        """
+        Q-values in the form of SB3's ``ContinuousCritic``.
+
+        :param observations: Batch of observations
+        :param actions: Actions in [-1, 1], shape (B, d)
+        :return: One tensor of shape (B, 1) per critic, in units of return
+        """
+        return tuple(self.q_values(self.encode(observations), actions).unsqueeze(-1))
+
+    def q_values(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        """
+        :param features: State features, shape (B, ..., features_dim)
+        :param actions: Actions in [-1, 1], shape (B, ..., d)
+        :return: Expected soft returns, shape (n_critics, B, ...)
+        """
+
+        def values(features: th.Tensor, actions: th.Tensor) -> th.Tensor:
+            # The critics come last, so that chunks can be put together along the first dimension
+            return th.stack([self.expected_return(q_network(features, actions)) for q_network in self.q_networks], dim=-1)
+
+        return in_chunks(values, features, actions).movedim(-1, 0)
+
+    @abstractmethod
+    def expected_return(self, outputs: th.Tensor) -> th.Tensor:
+        """
+        :param outputs: Raw outputs, shape (..., output_dim)
+        :return: Expected soft returns, shape (...)
+        """
+
+    @abstractmethod
+    def bellman_target(
+        self,
+        features: th.Tensor,
+        actions: th.Tensor,
+        rewards: th.Tensor,
+        discounts: th.Tensor,
+        bonus: th.Tensor,
+        reduction: str,
+    ) -> tuple[th.Tensor, th.Tensor]:
+        """
+        Soft Bellman target from this critic's values at the next state.
+
+        :param features: Next state's features, shape (B, features_dim)
+        :param actions: Next actions in [-1, 1], shape (B, d)
+        :param rewards: shape (B, 1)
+        :param discounts: Discount factors, zero where the episode terminated, shape (B, 1)
+        :param bonus: Entropy bonus -alpha log pi(a' | s'), shape (B, 1)
+        :param reduction: "min" or "mean" over the critics
+        :return: What ``loss`` takes as target; the share of the target's mass that was clipped, a scalar in [0, 1]
+        """
+
+    @abstractmethod
+    def loss(self, features: th.Tensor, actions: th.Tensor, target: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """
+        :param features: State features, shape (B, features_dim)
+        :param actions: Actions in [-1, 1], shape (B, d)
+        :param target: From ``bellman_target``
+        :return: Loss, summed over the critics and averaged over the batch, a scalar; mean expected return, a scalar
+        """
+
+
+class CategoricalCritic(Critic):
+    """
+    Q-networks that predict a categorical distribution of the soft return (C51).
+
+    :param atoms: Support, evenly spaced, in units of return, shape (n_atoms,)
+    :param kwargs: Those of ``Critic`` but ``output_dim``
+    """
+
+    atoms: th.Tensor
+
+    def __init__(self, *, atoms: th.Tensor, **kwargs: Any):
+        super().__init__(output_dim=len(atoms), **kwargs)
+        self.register_buffer("atoms", atoms)
+
+    def expected_return(self, outputs: th.Tensor) -> th.Tensor:
+        return categorical.expected_value_of_logits(outputs, self.atoms)
+
+    def bellman_target(
+        self,
+        features: th.Tensor,
+        actions: th.Tensor,
+        rewards: th.Tensor,
+        discounts: th.Tensor,
+        bonus: th.Tensor,
+        reduction: str,
+    ) -> tuple[th.Tensor, th.Tensor]:
+        probs = self.outputs(features, actions).softmax(dim=-1)
+        positions = categorical.bellman_atoms(rewards, discounts, bonus, self.atoms)
+        target = categorical.reduce_distributions(categorical.project(probs, positions, self.atoms), self.atoms, reduction)
+        return target, categorical.clipped_mass(probs, positions, self.atoms).mean()
+
+    def loss(self, features: th.Tensor, actions: th.Tensor, target: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        logits = self.outputs(features, actions)
+        with th.no_grad():
+            q_value = self.expected_return(logits).mean()
+        return categorical.cross_entropy(logits, target).sum(), q_value
+
+
+class ScalarCritic(Critic):
+    """
+    Q-networks that predict the expected soft return itself, trained by mean squared error as in SAC.
+
+    :param kwargs: Those of ``Critic`` but ``output_dim``
+    """
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(output_dim=1, **kwargs)
+
+    def expected_return(self, outputs: th.Tensor) -> th.Tensor:
+        return outputs.squeeze(-1)
+
+    def bellman_target(
+        self,
+        features: th.Tensor,
+        actions: th.Tensor,
+        rewards: th.Tensor,
+        discounts: th.Tensor,
+        bonus: th.Tensor,
+        reduction: str,
+    ) -> tuple[th.Tensor, th.Tensor]:
+        next_values = categorical.reduce_values(self.outputs(features, actions), reduction)
+        return rewards + discounts * (next_values + bonus), rewards.new_zeros(())
+
+    def loss(self, features: th.Tensor, actions: th.Tensor, target: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        values = self.outputs(features, actions)
+        # The factor is SB3's (SAC): the gradient of half the squared error is the error
+        return 0.5 * F.mse_loss(values, target.expand_as(values)) * len(values), values.detach().mean()

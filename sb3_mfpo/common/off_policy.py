@@ -1,0 +1,477 @@
+"""What the algorithms share of the training loop: arguments, checks, critics, and one gradient step after the other."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.preprocessing import get_action_dim
+from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, ReplayBufferSamples, RolloutReturn, Schedule, TrainFreq
+from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
+from stable_baselines3.common.vec_env import VecEnv
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from sb3_mfpo.common import mean_flow
+from sb3_mfpo.common.acceleration import StepRunner, onednn_matmul, onednn_matmul_is_exact
+from sb3_mfpo.common.buffers import store_as_float32
+from sb3_mfpo.common.checks import check_choice, check_finite, check_integer, check_range
+from sb3_mfpo.common.critics import Critic
+from sb3_mfpo.common.policies import CRITIC_REDUCTIONS, FlowPolicy, MeanFlowActor
+
+# In the order in which a gradient step looks at them
+LOSSES = ("critic_loss", "actor_loss", "divergence_loss", "ent_coef_loss")
+
+
+class FlowDraws(NamedTuple):
+    """
+    Random draws of a regression on the flow.
+
+    ``t`` and ``r``: time pairs in (0, 1), shape (B, 1); ``noise``: standard normal, shape (B, d).
+    """
+
+    t: th.Tensor
+    r: th.Tensor
+    noise: th.Tensor
+
+
+class FlowAlgorithm(OffPolicyAlgorithm):
+    """
+    Off-policy actor-critic with a mean-flow policy: base of MFPO and SOM, which document the arguments.
+
+    An algorithm says what the randomness of a gradient step is (``_draw``), which actions its critics look ahead to
+    (``_next_actions``), and what a step consists of (``_update``).
+    """
+
+    policy: FlowPolicy
+    actor: MeanFlowActor
+    critic: Critic
+    critic_target: Critic
+
+    # What a custom policy must be derived from
+    policy_base: ClassVar[type[FlowPolicy]]
+    # Share of the target's mass beyond the support from which a user should know
+    MAX_CLIPPED_MASS = 0.01
+    # Half-width of the action space beyond which it is probably not meant
+    MAX_USUAL_BOUND = 100.0
+
+    def __init__(
+        self,
+        policy: str | type[FlowPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule,
+        buffer_size: int,
+        learning_starts: int,
+        batch_size: int,
+        tau: float,
+        gamma: float,
+        train_freq: int | tuple[int, str],
+        gradient_steps: int,
+        action_noise: ActionNoise | None,
+        replay_buffer_class: type[ReplayBuffer] | None,
+        replay_buffer_kwargs: dict[str, Any] | None,
+        optimize_memory_usage: bool,
+        n_steps: int,
+        target_update_interval: int,
+        stats_window_size: int,
+        tensorboard_log: str | None,
+        policy_kwargs: dict[str, Any] | None,
+        verbose: int,
+        seed: int | None,
+        device: th.device | str,
+        equal_time_share: float,
+        time_mean: float,
+        time_std: float,
+        critic_reduction: str,
+        policy_delay: int,
+        compile_step: bool,
+        onednn_matmul: bool,
+    ):
+        super().__init__(
+            policy,
+            env,
+            learning_rate,
+            buffer_size,
+            learning_starts,
+            batch_size,
+            tau,
+            gamma,
+            train_freq,
+            gradient_steps,
+            action_noise,
+            replay_buffer_class=replay_buffer_class,
+            replay_buffer_kwargs=replay_buffer_kwargs,
+            optimize_memory_usage=optimize_memory_usage,
+            n_steps=n_steps,
+            policy_kwargs=policy_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            verbose=verbose,
+            device=device,
+            seed=seed,
+            sde_support=False,
+            supported_action_spaces=(spaces.Box,),
+            support_multi_env=True,
+        )
+        self.target_update_interval = target_update_interval
+        self.equal_time_share = equal_time_share
+        self.time_mean = time_mean
+        self.time_std = time_std
+        self.critic_reduction = critic_reduction
+        self.policy_delay = policy_delay
+        self.compile_step = compile_step
+        self.onednn_matmul = onednn_matmul
+        self._rollout_timesteps = 0
+        self._warned_of_clipping = False
+
+    def _check_arguments(self) -> None:
+        """
+        Check everything that can be checked without work.
+
+        :raises ValueError: If an argument is out of range; the message names it
+        """
+        for name in ("buffer_size", "batch_size", "n_steps", "policy_delay", "target_update_interval"):
+            check_integer(name, getattr(self, name), minimum=1)
+        check_integer("learning_starts", self.learning_starts, minimum=0)
+        check_integer("gradient_steps", self.gradient_steps, minimum=-1)
+        for name in ("tau", "gamma", "equal_time_share"):
+            check_range(name, getattr(self, name), 0, 1)
+        check_range("time_mean", self.time_mean)
+        check_range("time_std", self.time_std, low=0)
+        check_choice("critic_reduction", self.critic_reduction, CRITIC_REDUCTIONS)
+        for name in ("compile_step", "onednn_matmul"):
+            check_choice(name, getattr(self, name), (True, False))
+        if not issubclass(self.policy_class, self.policy_base):
+            raise ValueError(
+                f"`policy` must be one of {list(self.policy_aliases)} or a subclass of `{self.policy_base.__name__}`, not "
+                f"{self.policy_class}."
+            )
+        if "critic_reduction" in self.policy_kwargs:
+            raise ValueError(
+                f"`critic_reduction` is an argument of {type(self).__name__} itself, which hands it to the policy: move it "
+                "there."
+            )
+        self.policy_class.check_arguments(**self.policy_kwargs)
+
+        low, high = self.action_space.low, self.action_space.high  # type: ignore[attr-defined]
+        if not (low < high).all():
+            raise ValueError(f"Every lower bound of the action space must be below the upper bound, not {self.action_space}.")
+
+    def _warn_of_unusual_settings(self) -> None:
+        low, high = self.action_space.low, self.action_space.high  # type: ignore[attr-defined]
+        if max(abs(low).max(), abs(high).max()) > self.MAX_USUAL_BOUND:
+            warnings.warn(
+                f"The action space reaches beyond {self.MAX_USUAL_BOUND:g} ({self.action_space}). The policy explores all "
+                "of it alike: if the bounds are only nominal, give the environment tighter ones.",
+                stacklevel=5,
+            )
+        if self.n_envs > 1 and self.gradient_steps == 1:
+            warnings.warn(
+                f"`gradient_steps=1` with {self.n_envs} environments lowers the number of updates per environment step; "
+                "`gradient_steps=-1` keeps it at one.",
+                stacklevel=5,
+            )
+
+    def _setup_model(self) -> None:
+        self._check_arguments()
+        self._warn_of_unusual_settings()
+        super()._setup_model()
+        store_as_float32(self.replay_buffer)  # type: ignore[arg-type]
+        self.policy.critic_reduction = self.critic_reduction
+        self._create_aliases()
+        self._runner = StepRunner(self.device, self.compile_step)
+        self._uses_onednn = self._check_onednn()
+        self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
+        self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
+
+    def _check_onednn(self) -> bool:
+        if not self.onednn_matmul or self.device.type != "cpu":
+            return False
+        if not onednn_matmul_is_exact():
+            warnings.warn(
+                "`onednn_matmul=True` has no effect here: on this processor (or with this PyTorch) oneDNN would round the "
+                "products to bfloat16. Remove the argument.",
+                stacklevel=4,
+            )
+            return False
+        return True
+
+    def _create_aliases(self) -> None:
+        self.actor = self.policy.actor
+        self.critic = self.policy.critic
+        self.critic_target = self.policy.critic_target
+
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        result = super()._setup_learn(*args, **kwargs)
+        last_obs = self._last_obs if self._vec_normalize_env is None else self._vec_normalize_env.get_original_obs()
+        assert last_obs is not None
+        check_finite("observation", last_obs, self.num_timesteps)
+        return result
+
+    def collect_rollouts(
+        self,
+        env: VecEnv,
+        callback: BaseCallback,
+        train_freq: TrainFreq,
+        replay_buffer: ReplayBuffer,
+        action_noise: ActionNoise | None = None,
+        learning_starts: int = 0,
+        log_interval: int | None = None,
+    ) -> RolloutReturn:
+        rollout = super().collect_rollouts(
+            env, callback, train_freq, replay_buffer, action_noise, learning_starts, log_interval
+        )
+        self._rollout_timesteps = rollout.episode_timesteps
+        return rollout
+
+    def _store_transition(
+        self,
+        replay_buffer: ReplayBuffer,
+        buffer_action: np.ndarray,
+        new_obs: np.ndarray | dict[str, np.ndarray],
+        reward: np.ndarray,
+        dones: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        if self._vec_normalize_env is None:
+            raw_obs, raw_reward = new_obs, reward
+        else:
+            # Normalisation clips, which would hide an infinite number
+            raw_obs = self._vec_normalize_env.get_original_obs()
+            raw_reward = self._vec_normalize_env.get_original_reward()
+        check_finite("observation", raw_obs, self.num_timesteps)
+        check_finite("reward", raw_reward, self.num_timesteps)
+        for i, info in enumerate(infos):
+            if dones[i] and "terminal_observation" in info:
+                last = info["terminal_observation"]
+                batch = {key: np.asarray(value)[None] for key, value in last.items()} if isinstance(last, dict) else last[None]
+                check_finite("terminal observation", batch, self.num_timesteps, first_env=i)
+        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+
+    def train(self, gradient_steps: int, batch_size: int = 64) -> None:
+        """
+        Sample the replay buffer and do the updates.
+
+        :param gradient_steps: Number of gradient steps
+        :param batch_size: Minibatch size
+        :raises ValueError: If a loss is NaN or infinite; the step is then not taken. On a CPU it is noticed at once; on other
+            devices, which a look at every loss would stall, at the end of the call, all steps from that one on being skipped.
+        """
+        # This affects batch normalisation and dropout
+        self.policy.set_training_mode(True)
+        self._update_learning_rate(self._optimizers())
+        self._runner.failed.zero_()
+
+        history = []
+        with onednn_matmul(self._uses_onednn):
+            for _ in range(gradient_steps):
+                batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
+                history.append(self._gradient_step(batch))
+        self._log(self._read(history), gradient_steps)
+
+    def _gradient_step(self, batch: ReplayBufferSamples) -> dict[str, th.Tensor]:
+        """
+        :param batch: Sample of a replay buffer
+        :return: Quantities to log by name, scalars without gradient
+        """
+        self._n_updates += 1
+        flags = (self._n_updates % self.target_update_interval == 0, self._n_updates % self.policy_delay == 0)
+        return self._runner.run(self._draw_and_update, batch, flags, self._settings())
+
+    def _draw_and_update(self, batch: ReplayBufferSamples, update_target: bool, improve_policy: bool) -> dict[str, th.Tensor]:
+        return self._update(batch, self._draw(len(batch.actions)), update_target, improve_policy)
+
+    def _settings(self) -> tuple[Any, ...]:
+        """
+        :return: All that a gradient step reads from this object and that is no tensor
+        """
+        shared = (self.gamma, self.tau, self.equal_time_share, self.time_mean, self.time_std, self.critic_reduction)
+        return (*shared, self.policy.sampling_steps)
+
+    def _optimizers(self) -> list[th.optim.Optimizer]:
+        return [self.actor.optimizer, self.critic.optimizer]
+
+    def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
+        super()._update_learning_rate(optimizers)
+        self._runner.prepare(optimizers if isinstance(optimizers, list) else [optimizers])
+
+    def _read(self, history: list[dict[str, th.Tensor]]) -> dict[str, float]:
+        """
+        Bring what the gradient steps have recorded to the CPU, all at once: every transfer waits for the device.
+
+        :param history: Quantities by name, for every step
+        :return: Their means
+        :raises ValueError: If a loss was NaN or infinite
+        """
+        tensors = [self._runner.failed, *(value for metrics in history for value in metrics.values())]
+        failed, *values = th.stack(tensors).tolist()
+        columns, remaining = defaultdict(list), iter(values)
+        for metrics in history:
+            for name in metrics:
+                columns[name].append(next(remaining))
+        if failed:
+            self._n_updates -= len(history)
+            for metrics in history:
+                self._n_updates += 1
+                for name in LOSSES:
+                    if name in metrics:
+                        self._raise_if_not_finite(name, metrics[name])
+        return {name: float(np.mean(column)) for name, column in columns.items()}
+
+    def _log(self, metrics: dict[str, float], gradient_steps: int) -> None:
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        self.logger.record("train/updates_per_step", gradient_steps / max(self._rollout_timesteps, 1))
+        for name, value in metrics.items():
+            self.logger.record(f"train/{name}", value)
+        if metrics.get("clipped_target_mass", 0.0) > self.MAX_CLIPPED_MASS and not self._warned_of_clipping:
+            self._warned_of_clipping = True
+            warnings.warn(
+                f"{metrics['clipped_target_mass']:.1%} of the value targets' mass lies outside of [v_min, v_max] = "
+                f"[{self.policy.v_min:g}, {self.policy.v_max:g}] and is clipped (gradient step {self._n_updates}): returns "
+                "beyond are not told apart. Widen them, `policy_kwargs=dict(v_min=..., v_max=...)`, scale the rewards "
+                '(`VecNormalize`), or use `policy_kwargs=dict(critic_type="scalar")`.',
+                stacklevel=2,
+            )
+
+    @abstractmethod
+    def _draw(self, batch_size: int) -> Any:
+        """
+        :param batch_size: Minibatch size B
+        :return: All randomness of one gradient step, from PyTorch's default generator
+        """
+
+    def _draw_flow(self, batch_size: int, network_type: str) -> FlowDraws:
+        """
+        :param batch_size: Minibatch size B
+        :param network_type: "mean_flow" or "flow_matching"
+        :return: Draws of a regression on the flow, with logit-normal times
+        """
+        n_equal = self._n_equal(batch_size, network_type)
+        times = mean_flow.sample_times(self._normal(batch_size, 2), self.time_mean, self.time_std, n_equal)
+        return FlowDraws(*times, self._normal(batch_size, get_action_dim(self.action_space)))
+
+    def _normal(self, *shape: int) -> th.Tensor:
+        return th.randn(*shape, device=self.device)
+
+    @abstractmethod
+    def _update(
+        self, batch: ReplayBufferSamples, draws: Any, update_target: bool = True, improve_policy: bool = True
+    ) -> dict[str, th.Tensor]:
+        """
+        One step of the critics and, if asked for, of their targets and of the policy.
+
+        :param batch: Sample of a replay buffer
+        :param draws: The step's randomness
+        :param update_target: Whether the target critics follow
+        :param improve_policy: Whether to update the policy
+        :return: Quantities to log by name, scalars without gradient
+        """
+
+    @abstractmethod
+    def _next_actions(self, observations: PyTorchObs, *sampling: Any) -> tuple[th.Tensor, th.Tensor]:
+        """
+        What the critics look ahead to.
+
+        :param observations: Batch of next observations
+        :param sampling: What ``_update_critic`` was given
+        :return: Actions in [-1, 1], shape (B, d); bonus on their values in units of return, shape (B, 1) or a scalar
+        """
+
+    def _update_critic(self, batch: ReplayBufferSamples, *sampling: Any) -> dict[str, th.Tensor]:
+        """
+        :param batch: Sample of a replay buffer
+        :param sampling: Tensors that the choice of the next actions depends on
+        :return: Quantities to log
+        """
+        loss, metrics = self._runner.compiled(self._critic_loss)(batch, *sampling)
+        self._optimize("critic_loss", loss, self.critic.optimizer)
+        return {"critic_loss": loss.detach()} | metrics
+
+    def _critic_loss(self, batch: ReplayBufferSamples, *sampling: Any) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+        """
+        Regression of the critics on the Bellman target.
+
+        :param batch: Sample of a replay buffer
+        :param sampling: Tensors that the choice of the next actions depends on
+        :return: Loss; quantities to log
+        """
+        # n-step buffers bring their own discounts, gamma to the number of steps that were summed
+        discounts = (1 - batch.dones) * (self.gamma if batch.discounts is None else batch.discounts)
+        with th.no_grad():
+            next_actions, bonus = self._next_actions(batch.next_observations, *sampling)
+            target, clipped = self.critic_target.bellman_target(
+                self.critic_target.encode(batch.next_observations),
+                next_actions,
+                batch.rewards,
+                discounts,
+                bonus,
+                self.critic_reduction,
+            )
+        loss, q_value = self.critic.loss(self.critic.encode(batch.observations), batch.actions, target)
+        return loss, {"q_value": q_value, "clipped_target_mass": clipped}
+
+    def _update_target(self) -> None:
+        get_ema_multi_avg_fn(1 - self.tau)(list(self.critic_target.parameters()), list(self.critic.parameters()), None)
+        # Running statistics of batch normalisation are copied, as in SAC
+        polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
+
+    def _total_derivative(self, push_forward: Callable[..., th.Tensor], velocity: th.Tensor, network_type: str) -> th.Tensor:
+        """
+        Derivative of an average over [r, t] along the flow, for the rows that have r < t.
+
+        :param push_forward: Of the network, see ``FlowMLP.linearize``
+        :param velocity: Instantaneous velocity, shape (B, d)
+        :param network_type: "mean_flow" or "flow_matching"
+        :return: shape (B - n_equal, output_dim)
+        """
+        rows = slice(self._n_equal(len(velocity), network_type), None)
+        tangent = velocity[rows]
+        return push_forward(tangent, tangent.new_ones(len(tangent), 1), rows=rows)
+
+    def _n_equal(self, batch_size: int, network_type: str) -> int:
+        """
+        :param batch_size: Minibatch size B
+        :param network_type: "mean_flow" or "flow_matching", of which the latter learns from r = t alone
+        :return: Number of leading rows with r = t
+        """
+        return batch_size if network_type == "flow_matching" else int(self.equal_time_share * batch_size)
+
+    def _optimize(self, name: str, loss: th.Tensor, optimizer: th.optim.Optimizer) -> None:
+        """
+        Take a step down a loss.
+
+        :param name: Name of the loss, for the message
+        :param loss: A scalar
+        :param optimizer: Optimizer of the parameters to change
+        :raises ValueError: If the loss is NaN or infinite, before any weight changes
+        """
+        if not self._runner.defers_checks(optimizer):
+            self._raise_if_not_finite(name, loss)
+        self._runner.descend(loss, optimizer)
+
+    def _raise_if_not_finite(self, name: str, loss: th.Tensor) -> None:
+        if not th.isfinite(loss):
+            raise ValueError(
+                f"`{name}` is {loss.item()} at gradient step {self._n_updates} (environment step {self.num_timesteps}). The "
+                "step was not taken: saving the model now gives a clean checkpoint. Usual causes: rewards or observations of "
+                "a huge scale (use `VecNormalize`), or a too high learning rate."
+            )
+
+    def set_parameters(self, *args: Any, **kwargs: Any) -> None:
+        super().set_parameters(*args, **kwargs)
+        self._runner.forget_graphs()
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "actor", "critic", "critic_target", "_runner"]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        return ["policy", "actor.optimizer", "critic.optimizer"], []

@@ -1,0 +1,364 @@
+"""Score-based One-step MeanFlow policy optimization (SOM) as a Stable-Baselines3 algorithm."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch as th
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.preprocessing import get_action_dim
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, ReplayBufferSamples, Schedule
+
+from sb3_mfpo.common import importance, mean_flow, score
+from sb3_mfpo.common.categorical import reduce_values
+from sb3_mfpo.common.checks import check_choice, check_integer, check_range
+from sb3_mfpo.common.off_policy import FlowAlgorithm, FlowDraws
+from sb3_mfpo.som.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SOMPolicy
+
+SelfSOM = TypeVar("SelfSOM", bound="SOM")
+
+# The path's mu_t and sigma_t, and the velocity of its probability flow
+PATHS = {
+    "linear": (score.linear_path, score.linear_velocity),
+    "vp": (score.variance_preserving_path, score.variance_preserving_velocity),
+}
+SCORE_ESTIMATORS = ("posterior_mean", "gradient")
+TIME_DISTRIBUTIONS = ("logit_normal", "uniform")
+
+
+class GradientStepDraws(NamedTuple):
+    """
+    All randomness of one gradient step.
+
+    ``next_noise`` and ``policy_noise``: start the next actions and those on whose paths the flow is learned, standard normal,
+    shape (B, d); ``proposals``: of the score's estimate, in [0, 1) for the posterior mean, else standard normal, shape
+    (B, K, d).
+    """
+
+    next_noise: th.Tensor
+    policy_noise: th.Tensor
+    proposals: th.Tensor
+    flow: FlowDraws
+
+
+class SOM(FlowAlgorithm):
+    """
+    Score-based One-step MeanFlow policy optimization (SOM)
+
+    Off-policy reinforcement learning with a policy that carries noise to actions in a single step. It is learned from the
+    critics: their values give the score of the noisy actions of the Boltzmann policy exp(Q / temperature), the score gives the
+    velocity of the probability flow, and the MeanFlow identity makes of it the average velocity over the whole way.
+
+    Paper: https://arxiv.org/abs/2605.23365. The defaults depart from it where its form was found to fail on densities with
+    known scores: linear path in place of a variance-preserving one, score by the posterior mean of the bounded actions, not by
+    gradients, no normalisation of the score, plain loss. Every one of these can be switched.
+
+    The arguments up to ``_init_setup_model`` are those of SB3's ``TD3`` but for its target policy's noise, in the same order;
+    SOM's own follow by keyword. ``policy_kwargs`` hold the architecture, see :class:`sb3_mfpo.som.policies.SOMPolicy`.
+
+    :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy)
+    :param env: The environment to learn from (if registered in Gym, can be str); a Box action space with finite bounds
+    :param learning_rate: Learning rate of all optimizers (actor, critics); it can be a function of the current progress
+        remaining (from 1 to 0)
+    :param buffer_size: Size of the replay buffer, in transitions
+    :param learning_starts: How many steps of uniformly random actions to collect before learning starts
+    :param batch_size: Minibatch size for each gradient update
+    :param tau: Soft update coefficient of the target critics ("Polyak update", in [0, 1])
+    :param gamma: Discount factor in [0, 1]
+    :param train_freq: Update the model every ``train_freq`` steps. Alternatively pass a tuple of frequency and unit like
+        ``(5, "step")`` or ``(2, "episode")``.
+    :param gradient_steps: How many gradient steps to do after each rollout (see ``train_freq``); ``-1`` does as many as
+        steps were done in the environments during the rollout
+    :param action_noise: Noise added to the actions during collection; None by default, the policy explores by itself
+    :param replay_buffer_class: Replay buffer class to use (for instance ``HerReplayBuffer``). If ``None``, it is selected
+        automatically.
+    :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation
+    :param optimize_memory_usage: Enable a memory efficient variant of the replay buffer at a cost of more complexity
+    :param n_steps: When n_steps > 1, uses n-step returns (with the ``NStepReplayBuffer``)
+    :param policy_delay: Update the actor every so many gradient steps
+    :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average the reported
+        success rate, mean episode length, and mean reward over
+    :param tensorboard_log: The log location for tensorboard (if None, no logging)
+    :param policy_kwargs: Additional arguments to be passed to the policy on creation
+    :param verbose: Verbosity level: 0 for no output, 1 for info messages (such as device or wrappers used), 2 for debug
+        messages
+    :param seed: Seed for the pseudo random generators
+    :param device: Device (cpu, cuda, ...) on which the code should be run. Setting it to auto, the code will be run on the
+        GPU if possible.
+    :param _init_setup_model: Whether or not to build the network at the creation of the instance
+    :param target_update_interval: Update the target critics every so many gradient steps
+    :param inverse_temperature: How sharply the policy prefers high values, above 0: per standard deviation of the values if
+        these are normalised, else per unit of return
+    :param normalize_q: Whether to divide values by their standard deviation over the batch's proposals, so that one inverse
+        temperature serves every scale of rewards
+    :param n_samples: Number K of actions per state from which the score is estimated
+    :param score_estimator: "posterior_mean" (of actions within the bounds) or "gradient" (of the critics at unbounded
+        actions, as stated in the paper)
+    :param score_norm: Length w that all scores are normalised to, as stated in the paper; None leaves them as they are
+    :param path: Path from actions to noise, "linear" or "vp" (variance-preserving, as stated in the paper)
+    :param adaptive_loss: Whether to weight each state's squared error by 1 / (its sum + 0.001), as stated in the paper
+    :param equal_time_share: Share in [0, 1] of a batch with r = t, that is of plain flow matching (0.25 in the paper)
+    :param time_distribution: "logit_normal", or "uniform" as stated in the paper
+    :param time_mean: Mean of the normal distribution inside the logit-normal distribution of times
+    :param time_std: Its standard deviation
+    :param critic_reduction: "min" or "mean" over the critics, in targets, score estimates and choice of action
+    :param compile_step: Whether to compile the gradient step with ``torch.compile`` and, on a CUDA device, to capture it into
+        CUDA graphs. The first steps then take minutes; the results are the same up to rounding.
+    :param onednn_matmul: Whether oneDNN multiplies matrices in the gradient step on a CPU; faster on AMD processors. Has no
+        effect, and warns, where the products would be rounded to bfloat16.
+    :raises ValueError: If an argument is out of range; the message names it
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "CnnPolicy": CnnPolicy,
+        "MultiInputPolicy": MultiInputPolicy,
+    }
+    policy_base = SOMPolicy
+    policy: SOMPolicy
+
+    def __init__(
+        self,
+        policy: str | type[SOMPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 3e-4,
+        buffer_size: int = 1_000_000,
+        learning_starts: int = 100,
+        batch_size: int = 256,
+        tau: float = 0.005,
+        gamma: float = 0.99,
+        train_freq: int | tuple[int, str] = 1,
+        gradient_steps: int = 1,
+        action_noise: ActionNoise | None = None,
+        replay_buffer_class: type[ReplayBuffer] | None = None,
+        replay_buffer_kwargs: dict[str, Any] | None = None,
+        optimize_memory_usage: bool = False,
+        n_steps: int = 1,
+        policy_delay: int = 1,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+        *,
+        target_update_interval: int = 1,
+        inverse_temperature: float = 10.0,
+        normalize_q: bool = True,
+        n_samples: int = 64,
+        score_estimator: str = "posterior_mean",
+        score_norm: float | None = None,
+        path: str = "linear",
+        adaptive_loss: bool = False,
+        equal_time_share: float = 0.75,
+        time_distribution: str = "logit_normal",
+        time_mean: float = -0.4,
+        time_std: float = 1.0,
+        critic_reduction: str = "min",
+        compile_step: bool = False,
+        onednn_matmul: bool = False,
+    ):
+        super().__init__(
+            policy,
+            env,
+            learning_rate,
+            buffer_size,
+            learning_starts,
+            batch_size,
+            tau,
+            gamma,
+            train_freq,
+            gradient_steps,
+            action_noise,
+            replay_buffer_class,
+            replay_buffer_kwargs,
+            optimize_memory_usage,
+            n_steps,
+            target_update_interval,
+            stats_window_size,
+            tensorboard_log,
+            policy_kwargs,
+            verbose,
+            seed,
+            device,
+            equal_time_share,
+            time_mean,
+            time_std,
+            critic_reduction,
+            policy_delay,
+            compile_step,
+            onednn_matmul,
+        )
+        self.inverse_temperature = inverse_temperature
+        self.normalize_q = normalize_q
+        self.n_samples = n_samples
+        self.score_estimator = score_estimator
+        self.score_norm = score_norm
+        self.path = path
+        self.adaptive_loss = adaptive_loss
+        self.time_distribution = time_distribution
+
+        if _init_setup_model:
+            self._setup_model()
+
+    def _check_arguments(self) -> None:
+        super()._check_arguments()
+        check_range("inverse_temperature", self.inverse_temperature, above=0)
+        check_integer("n_samples", self.n_samples, minimum=1)
+        check_choice("score_estimator", self.score_estimator, SCORE_ESTIMATORS)
+        if self.score_norm is not None:
+            check_range("score_norm", self.score_norm, above=0)
+        check_choice("path", self.path, tuple(PATHS))
+        check_choice("time_distribution", self.time_distribution, TIME_DISTRIBUTIONS)
+        for name in ("normalize_q", "adaptive_loss"):
+            check_choice(name, getattr(self, name), (True, False))
+
+    def _settings(self) -> tuple[Any, ...]:
+        estimate = (self.inverse_temperature, self.normalize_q, self.n_samples, self.score_estimator, self.score_norm)
+        return (*super()._settings(), *estimate, self.path, self.adaptive_loss, self.time_distribution)
+
+    def _draw(self, batch_size: int) -> GradientStepDraws:
+        d = get_action_dim(self.action_space)
+        draw_proposals = th.rand if self.score_estimator == "posterior_mean" else th.randn
+        return GradientStepDraws(
+            next_noise=self._normal(batch_size, d),
+            policy_noise=self._normal(batch_size, d),
+            proposals=draw_proposals(batch_size, self.n_samples, d, device=self.device),
+            flow=self._draw_flow(batch_size, self.policy.actor_type),
+        )
+
+    def _draw_flow(self, batch_size: int, network_type: str) -> FlowDraws:
+        draws = super()._draw_flow(batch_size, network_type)
+        if self.time_distribution == "logit_normal":
+            return draws
+        uniform = th.rand(batch_size, 2, device=self.device)
+        return FlowDraws(*mean_flow.uniform_times(uniform, self._n_equal(batch_size, network_type)), draws.noise)
+
+    def _update(
+        self,
+        batch: ReplayBufferSamples,
+        draws: GradientStepDraws,
+        update_target: bool = True,
+        improve_policy: bool = True,
+    ) -> dict[str, th.Tensor]:
+        with th.no_grad():
+            # For both samplings: the actor changes after them
+            time_shares = self.actor.network.time_shares(self.policy.sampling_times)
+        metrics = self._update_critic(batch, draws.next_noise, time_shares)
+        if update_target:
+            self._update_target()
+        if improve_policy:
+            metrics |= self._update_actor(batch.observations, draws, time_shares)
+        return metrics
+
+    def _next_actions(self, observations: PyTorchObs, noise: th.Tensor, time_shares: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """
+        Values of the policy as it is: no bonus on the entropy, which SOM does not follow.
+
+        :param observations: Batch of next observations
+        :param noise: Starts the next actions, shape (B, d)
+        :param time_shares: Of the actor
+        :return: Samples of the policy, shape (B, d); 0
+        """
+        return self.policy.act(self.actor.encode(observations), noise, time_shares), noise.new_zeros(())
+
+    def _update_actor(
+        self, observations: PyTorchObs, draws: GradientStepDraws, time_shares: th.Tensor
+    ) -> dict[str, th.Tensor]:
+        loss, metrics = self._runner.compiled(self._actor_loss)(observations, draws, time_shares)
+        self._optimize("actor_loss", loss, self.actor.optimizer)
+        return {"actor_loss": loss.detach()} | metrics
+
+    def _actor_loss(
+        self, observations: PyTorchObs, draws: GradientStepDraws, time_shares: th.Tensor
+    ) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+        """
+        Regression of the average velocity on the velocity of the Boltzmann policy's probability flow.
+
+        :param observations: Batch of observations
+        :param draws: The step's randomness
+        :param time_shares: Of the actor
+        :return: Loss; quantities to log
+        """
+        t, r, noise = draws.flow
+        path, velocity_of = PATHS[self.path]
+        signal, sigma = path(t)
+        features = self.actor.encode(observations)
+        # Sample: a point on the path from an action of the policy
+        with th.no_grad():
+            actions = self.policy.act(features, draws.policy_noise, time_shares)
+        noisy_actions = mean_flow.interpolate(actions, noise, signal, sigma)
+        # Target: the MeanFlow identity around the velocity that the score there gives
+        scores, metrics = self._boltzmann_score(observations, noisy_actions, signal, sigma, draws.proposals)
+        if self.score_norm is not None:
+            scores = score.with_length(scores, self.score_norm)
+        velocity = velocity_of(noisy_actions, scores, t)
+        average, push_forward = self.actor.network.linearize(features, noisy_actions, t, t - r)
+        derivative = self._total_derivative(push_forward, velocity, self.policy.actor_type)
+        errors = average - mean_flow.mean_flow_target(velocity, t - r, derivative)
+        # Loss
+        if self.adaptive_loss:
+            return (mean_flow.adaptive_weights(errors) * errors.square()).mean(), metrics
+        return errors.square().mean(), metrics
+
+    @th.no_grad()
+    def _boltzmann_score(
+        self,
+        observations: PyTorchObs,
+        noisy_actions: th.Tensor,
+        signal: th.Tensor,
+        sigma: th.Tensor,
+        proposals: th.Tensor,
+    ) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+        """
+        Score of the noisy actions of exp(inverse temperature * Q).
+
+        :param observations: Batch of observations
+        :param noisy_actions: a_t, shape (B, d)
+        :param signal: mu_t, shape (B, 1)
+        :param sigma: sigma_t, shape (B, 1)
+        :param proposals: Draws behind the proposed actions, shape (B, K, d)
+        :return: Score, shape (B, d); quantities to log
+        """
+        features = self.critic.encode(observations).unsqueeze(1)
+        if self.score_estimator == "posterior_mean":
+            actions = importance.gaussian_proposal(noisy_actions, signal, sigma, proposals)
+            q_values = reduce_values(self.critic.q_values(features, actions), self.critic_reduction)
+        else:
+            actions = importance.actions_from_noise(
+                noisy_actions.unsqueeze(1), proposals, signal.unsqueeze(1), sigma.unsqueeze(1)
+            )
+            with th.enable_grad():
+                actions.requires_grad_()
+                q_values = reduce_values(self.critic.q_values(features, actions), self.critic_reduction)
+                (gradients,) = th.autograd.grad(q_values.sum(), actions)
+        scale = score.spread(q_values) if self.normalize_q else q_values.new_ones(())
+        # The best value of each state is subtracted, which leaves the weights as they are, and equal values without rounding
+        advantages = q_values - q_values.amax(dim=1, keepdim=True)
+        weights = importance.gaussian_log_weights(advantages, scale / self.inverse_temperature).softmax(dim=1)
+        mean_action, sample_size = importance.snis_mean(weights, actions)
+        metrics = {"ess_gaussian": sample_size.mean()}
+        if self.score_estimator == "posterior_mean":
+            return score.score_from_mean_action(mean_action, noisy_actions, signal, sigma), metrics
+        return score.score_from_gradients(weights, gradients * self.inverse_temperature / scale, signal), metrics
+
+    def learn(
+        self: SelfSOM,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str = "SOM",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfSOM:
+        return super().learn(
+            total_timesteps=total_timesteps,
+            callback=callback,
+            log_interval=log_interval,
+            tb_log_name=tb_log_name,
+            reset_num_timesteps=reset_num_timesteps,
+            progress_bar=progress_bar,
+        )
