@@ -15,6 +15,7 @@ from sb3_mfpo.common import importance, mean_flow, score
 from sb3_mfpo.common.categorical import reduce_values
 from sb3_mfpo.common.checks import check_choice, check_integer, check_range
 from sb3_mfpo.common.off_policy import FlowAlgorithm, FlowDraws
+from sb3_mfpo.common.torch_layers import in_chunks
 from sb3_mfpo.som.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SOMPolicy
 
 SelfSOM = TypeVar("SelfSOM", bound="SOM")
@@ -99,8 +100,8 @@ class SOM(FlowAlgorithm):
     :param score_norm: Length w that all scores are normalised to, as stated in the paper; None leaves them as they are
     :param path: Path from actions to noise, "linear" or "vp" (variance-preserving, as stated in the paper)
     :param adaptive_loss: Whether to weight each state's squared error by 1 / (its sum + 0.001), as stated in the paper
-    :param equal_time_share: Share in [0, 1] of a batch with r = t, that is of plain flow matching (0.25 in the paper)
-    :param time_distribution: "logit_normal", or "uniform" as stated in the paper
+    :param equal_time_share: Share in [0, 1] of a batch with r = t, that is of plain flow matching
+    :param time_distribution: "uniform" (r below t), or "logit_normal" as in MFPO
     :param time_mean: Mean of the normal distribution inside the logit-normal distribution of times
     :param time_std: Its standard deviation
     :param critic_reduction: "min" or "mean" over the critics, in targets, score estimates and choice of action
@@ -153,8 +154,8 @@ class SOM(FlowAlgorithm):
         score_norm: float | None = None,
         path: str = "linear",
         adaptive_loss: bool = False,
-        equal_time_share: float = 0.75,
-        time_distribution: str = "logit_normal",
+        equal_time_share: float = 0.25,
+        time_distribution: str = "uniform",
         time_mean: float = -0.4,
         time_std: float = 1.0,
         critic_reduction: str = "min",
@@ -326,15 +327,12 @@ class SOM(FlowAlgorithm):
         features = self.critic.encode(observations).unsqueeze(1)
         if self.score_estimator == "posterior_mean":
             actions = importance.gaussian_proposal(noisy_actions, signal, sigma, proposals)
-            q_values = reduce_values(self.critic.q_values(features, actions), self.critic_reduction)
+            q_values = self._values(features, actions)
         else:
             actions = importance.actions_from_noise(
                 noisy_actions.unsqueeze(1), proposals, signal.unsqueeze(1), sigma.unsqueeze(1)
             )
-            with th.enable_grad():
-                actions.requires_grad_()
-                q_values = reduce_values(self.critic.q_values(features, actions), self.critic_reduction)
-                (gradients,) = th.autograd.grad(q_values.sum(), actions)
+            q_values, gradients = in_chunks(self._values_and_gradients, features, actions)
         scale = score.spread(q_values) if self.normalize_q else q_values.new_ones(())
         # The best value of each state is subtracted, which leaves the weights as they are, and equal values without rounding
         advantages = q_values - q_values.amax(dim=1, keepdim=True)
@@ -344,6 +342,26 @@ class SOM(FlowAlgorithm):
         if self.score_estimator == "posterior_mean":
             return score.score_from_mean_action(mean_action, noisy_actions, signal, sigma), metrics
         return score.score_from_gradients(weights, gradients * self.inverse_temperature / scale, signal), metrics
+
+    def _values(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        """
+        :param features: The critics' state features, shape (B, 1, features_dim)
+        :param actions: shape (B, K, d)
+        :return: Their values, reduced over the critics, shape (B, K)
+        """
+        return reduce_values(self.critic.q_values(features, actions), self.critic_reduction)
+
+    def _values_and_gradients(self, features: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """
+        :param features: The critics' state features, shape (B, 1, features_dim)
+        :param actions: shape (B, K, d)
+        :return: What ``_values`` returns; its gradients with respect to the actions, shape (B, K, d)
+        """
+        with th.enable_grad():
+            actions = actions.detach().requires_grad_()
+            q_values = self._values(features, actions)
+            (gradients,) = th.autograd.grad(q_values.sum(), actions)
+        return q_values.detach(), gradients
 
     def learn(
         self: SelfSOM,
