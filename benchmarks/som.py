@@ -73,7 +73,7 @@ def make_model(algorithm: str, task: str, seed: int, setting: str | None = None)
     settings = TASKS[task]
     common = dict(SHARED, gamma=settings["gamma"], learning_starts=settings["learning_starts"], seed=seed, device="cpu")
     if algorithm == "SAC":
-        return SAC("MlpPolicy", task, **common, policy_kwargs=dict(net_arch=NET_ARCH))  # type: ignore[arg-type]
+        return SAC("MlpPolicy", task, **common, policy_kwargs=dict(net_arch=NET_ARCH))
     low, high = settings["value_range"]
     policy_kwargs = dict(net_arch=NET_ARCH, v_min=low, v_max=high)
     if algorithm == "MFPO":

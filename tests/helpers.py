@@ -8,20 +8,21 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from sb3_mfpo import MFPO
+from sb3_mfpo import MFPO, SOM
+from sb3_mfpo.common.off_policy import FlowAlgorithm
+
+Algorithm = type[FlowAlgorithm]
+ALGORITHMS: list[Algorithm] = [MFPO, SOM]
 
 # Small networks and few samples: the shapes of everything stay different from each other
 SMALL_POLICY: dict[str, Any] = dict(
     net_arch=[16, 12], time_fourier_dim=8, time_embedding_dim=6, n_atoms=11, v_min=-300, v_max=300
 )
-SMALL: dict[str, Any] = dict(
-    learning_starts=10,
-    buffer_size=500,
-    batch_size=8,
-    n_policy_samples=3,
-    n_gaussian_samples=4,
-    device="cpu",
-)
+COMMON: dict[str, Any] = dict(learning_starts=10, buffer_size=500, batch_size=8, device="cpu")
+SMALL: dict[Algorithm, dict[str, Any]] = {
+    MFPO: dict(COMMON, n_policy_samples=3, n_gaussian_samples=4),
+    SOM: dict(COMMON, n_samples=5),
+}
 
 
 class RandomEnv(gym.Env):
@@ -55,12 +56,12 @@ class RandomEnv(gym.Env):
         return self.observation_space.sample(), reward, ended and self.terminates, ended and not self.terminates, {}
 
 
-def make_model(env: Any = None, **kwargs: Any) -> MFPO:
-    """A small MFPO on a small environment; ``policy_kwargs`` are added to the small ones."""
+def make_model(algorithm: Algorithm, env: Any = None, **kwargs: Any) -> Any:
+    """A small model on a small environment; ``policy_kwargs`` are added to the small ones."""
     policy_kwargs = {**SMALL_POLICY, **kwargs.pop("policy_kwargs", {})}
-    return MFPO(
+    return algorithm(
         kwargs.pop("policy", "MlpPolicy"),
         RandomEnv() if env is None else env,
-        **{**SMALL, **kwargs},
+        **{**SMALL[algorithm], **kwargs},
         policy_kwargs=policy_kwargs,
     )

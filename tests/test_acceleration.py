@@ -16,29 +16,31 @@ from speed import CountOperators, path_of_a_gpu
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.envs import BitFlippingEnv
 
-from sb3_mfpo import MFPO
+from sb3_mfpo import MFPO, SOM
 from sb3_mfpo.common import torch_layers
 from sb3_mfpo.common.acceleration import StepRunner, onednn_matmul, onednn_matmul_is_exact
-from tests.helpers import SMALL, SMALL_POLICY, RandomEnv, make_model
+from sb3_mfpo.common.off_policy import FlowAlgorithm
+from tests.helpers import ALGORITHMS, SMALL, SMALL_POLICY, Algorithm, RandomEnv, make_model
 
 needs_cuda = pytest.mark.skipif(not th.cuda.is_available(), reason="needs a CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
 
 
-def weights(model: MFPO) -> th.Tensor:
-    """All weights in double precision on the CPU, and the logarithm of the temperature."""
-    values = [value.detach().flatten().cpu() for value in (*model.policy.parameters(), model.log_ent_coef)]
+def weights(model: FlowAlgorithm) -> th.Tensor:
+    """All weights in double precision on the CPU, and the logarithm of a temperature."""
+    temperature = [model.log_ent_coef] if isinstance(model, MFPO) else []
+    values = [value.detach().flatten().cpu() for value in (*model.policy.parameters(), *temperature)]
     return th.cat(values).double()
 
 
-def train(model: MFPO, steps: int, seed: int = 0, batch_size: int = 16) -> None:
+def train(model: FlowAlgorithm, steps: int, seed: int = 0, batch_size: int = 16) -> None:
     """Gradient steps with given batches and noise."""
     np.random.seed(seed)
     th.manual_seed(seed)
     model.train(steps, batch_size=batch_size)
 
 
-def relative_difference(first: MFPO, second: MFPO, start: th.Tensor) -> float:
+def relative_difference(first: FlowAlgorithm, second: FlowAlgorithm, start: th.Tensor) -> float:
     """Of what training has changed since the start."""
     return ((weights(first) - weights(second)).norm() / (weights(second) - start).norm()).item()
 
@@ -58,7 +60,7 @@ def test_ten_steps_are_those_of_the_plain_formulation(sizes: str, reduction: str
         kwargs |= dict(n_policy_samples=16, n_gaussian_samples=32, policy_kwargs=dict(net_arch=[64, 64, 64], n_atoms=101))
     policy_kwargs = {**SMALL_POLICY, **kwargs.pop("policy_kwargs", {})}
     models = [
-        algorithm("MlpPolicy", RandomEnv(), **{**SMALL, **kwargs}, policy_kwargs=policy_kwargs).learn(100)
+        algorithm("MlpPolicy", RandomEnv(), **{**SMALL[MFPO], **kwargs}, policy_kwargs=policy_kwargs).learn(100)
         for algorithm in (MFPO, PlainMFPO)
     ]
     batch_size = 64
@@ -76,9 +78,9 @@ def test_ten_steps_are_those_of_the_plain_formulation(sizes: str, reduction: str
     assert difference < 1e-3
 
 
-def test_a_step_on_a_gpu_has_at_most_800_operators_and_never_waits() -> None:
+def test_a_step_on_a_gpu_has_at_most_800_operators_and_never_waits(algorithm: Algorithm) -> None:
     """Counted on the path that a GPU takes: nothing is cut into chunks, losses are not looked at."""
-    model = make_model(policy_kwargs=dict(net_arch=[16, 16, 16])).learn(20)
+    model = make_model(algorithm, policy_kwargs=dict(net_arch=[16, 16, 16])).learn(20)
     with path_of_a_gpu(), CountOperators() as counter:
         model.train(1, batch_size=8)
     print(len(counter.names))
@@ -87,24 +89,28 @@ def test_a_step_on_a_gpu_has_at_most_800_operators_and_never_waits() -> None:
     assert counter.names.count("aten._local_scalar_dense.default") == 0
 
 
-def test_default_optimizers_are_fused() -> None:
-    model = make_model()
+def test_default_optimizers_are_fused(algorithm: Algorithm) -> None:
+    model = make_model(algorithm)
     assert all(group["fused"] for optimizer in model._optimizers() for group in optimizer.param_groups)
-    chosen = make_model(policy_kwargs=dict(optimizer_kwargs=dict(foreach=True)))
+    chosen = make_model(algorithm, policy_kwargs=dict(optimizer_kwargs=dict(foreach=True)))
     assert chosen.actor.optimizer.param_groups[0]["foreach"] and not chosen.actor.optimizer.param_groups[0]["fused"]
-    make_model(policy_kwargs=dict(optimizer_class=th.optim.RMSprop)).learn(20)
+    make_model(algorithm, policy_kwargs=dict(optimizer_class=th.optim.RMSprop)).learn(20)
 
 
 # Losses that are looked at late
 
 
-@pytest.mark.parametrize("network", ["critic", "actor", "divergence", "temperature"])
-def test_on_other_devices_a_broken_loss_skips_all_later_steps(network: str, monkeypatch: pytest.MonkeyPatch) -> None:
+NETWORKS: dict[Algorithm, list[str]] = {MFPO: ["critic", "actor", "divergence", "temperature"], SOM: ["critic", "actor"]}
+
+
+@pytest.mark.parametrize("algorithm, network", [(algorithm, name) for algorithm, names in NETWORKS.items() for name in names])
+def test_on_other_devices_a_broken_loss_skips_all_later_steps(
+    algorithm: Algorithm, network: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The third of five steps goes wrong: `train` ends with an error that says so, and no trained weight has moved since."""
     monkeypatch.setattr(StepRunner, "defers_checks", lambda self, optimizer: True)
-    model = make_model(seed=0).learn(20)
-    losses, descend = [], model._runner.descend
-    number = ["critic", "actor", "divergence", "temperature"].index(network)
+    model = make_model(algorithm, seed=0).learn(20)
+    losses, descend, names = [], model._runner.descend, NETWORKS[algorithm]
     before: list[th.Tensor] = []
 
     def trained() -> th.Tensor:
@@ -113,7 +119,7 @@ def test_on_other_devices_a_broken_loss_skips_all_later_steps(network: str, monk
 
     def broken(loss: th.Tensor, optimizer: th.optim.Optimizer) -> None:
         losses.append(loss)
-        if len(losses) == 2 * 4 + number + 1:
+        if len(losses) == 2 * len(names) + names.index(network) + 1:
             before.append(trained())
             with th.no_grad():
                 loss.mul_(np.nan)
@@ -123,7 +129,7 @@ def test_on_other_devices_a_broken_loss_skips_all_later_steps(network: str, monk
     name = {"temperature": "ent_coef"}.get(network, network)
     with pytest.raises(ValueError, match=rf"`{name}_loss` is nan at gradient step 13 \(environment step 20\)"):
         model.train(5, batch_size=8)
-    assert len(losses) == 5 * 4
+    assert len(losses) == 5 * len(names)
     assert th.equal(trained(), before[0]) and th.isfinite(before[0]).all()
     # The next call trains again
     monkeypatch.setattr(model._runner, "descend", descend)
@@ -135,24 +141,26 @@ def test_on_other_devices_a_broken_loss_skips_all_later_steps(network: str, monk
 
 
 @pytest.fixture(scope="module", params=DEVICES)
-def pair(request: pytest.FixtureRequest) -> tuple[MFPO, MFPO]:
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module", params=ALGORITHMS, ids=lambda algorithm: algorithm.__name__)
+def pair(request: pytest.FixtureRequest, device: str) -> tuple[Any, Any]:
     """The same small model, eager and compiled; the latter has done a step of each kind (on CUDA: has captured)."""
-    models = [
-        make_model(
-            seed=0, batch_size=16, compile_step=compile_step, device=request.param, policy_kwargs=dict(net_arch=[16])
-        ).learn(60)
-        for compile_step in (False, True)
-    ]
+    kwargs: dict[str, Any] = dict(seed=0, batch_size=16, device=device, policy_kwargs=dict(net_arch=[16]))
+    models = [make_model(request.param, **kwargs, compile_step=compile_step).learn(60) for compile_step in (False, True)]
     models[1].replay_buffer = models[0].replay_buffer
     return models[0], models[1]
 
 
 @pytest.mark.parametrize("change", ["nothing", "batch size", "sampling steps", "policy delay"])
-def test_compiled_steps_are_the_eager_ones(pair: tuple[MFPO, MFPO], change: str) -> None:
+def test_compiled_steps_are_the_eager_ones(pair: tuple[Any, Any], change: str) -> None:
     """Ten updates, also after a change that needs other kernels or graphs."""
     eager, compiled = pair
+    sampling_steps = eager.policy.sampling_steps
     for model in pair:
-        model.policy.sampling_steps = 3 if change == "sampling steps" else 2
+        model.policy.sampling_steps = 3 if change == "sampling steps" else sampling_steps
         model.policy_delay = 2 if change == "policy delay" else 1
     batch_size = 24 if change == "batch size" else 16
     # SB3's parameters of optimizers are not copies
@@ -167,23 +175,23 @@ def test_compiled_steps_are_the_eager_ones(pair: tuple[MFPO, MFPO], change: str)
     print(f"{change}: relative difference of ten updates {difference:.1e}")
     assert difference < 1e-4
     for model in pair:
-        model.policy.sampling_steps, model.policy_delay = 2, 1
+        model.policy.sampling_steps, model.policy_delay = sampling_steps, 1
 
 
-def test_compiled_steps_draw_fresh_noise(pair: tuple[MFPO, MFPO]) -> None:
+def test_compiled_steps_draw_fresh_noise(pair: tuple[Any, Any]) -> None:
     """The same batch again and again: losses differ, and the actions stay spread out."""
     _, compiled = pair
     batch = compiled.replay_buffer.sample(16)
     th.manual_seed(0)
-    entropies = [compiled._gradient_step(batch)["entropy"].item() for _ in range(20)]
-    assert len(set(entropies)) == 20
+    losses = [compiled._gradient_step(batch)["actor_loss"].item() for _ in range(20)]
+    assert len(set(losses)) == 20
     observations = np.zeros((256, 3), np.float32)
     spread = compiled.predict(observations)[0].std(axis=0)
     print(f"spread of the actions {spread}")
     assert (spread > 0.2).all()
 
 
-def test_compiled_steps_follow_the_learning_rate(pair: tuple[MFPO, MFPO]) -> None:
+def test_compiled_steps_follow_the_learning_rate(pair: tuple[Any, Any]) -> None:
     _, compiled = pair
     rate, start = compiled.lr_schedule, weights(compiled)
     compiled.lr_schedule = lambda progress: 0.0
@@ -196,21 +204,21 @@ def test_compiled_steps_follow_the_learning_rate(pair: tuple[MFPO, MFPO]) -> Non
     assert not th.equal(weights(compiled), start)
 
 
-def test_compiled_models_are_saved_and_copied(pair: tuple[MFPO, MFPO], tmp_path: Path) -> None:
+def test_compiled_models_are_saved_and_copied(pair: tuple[Any, Any], tmp_path: Path) -> None:
     """Eager from compiled and compiled from eager, by file, copy and pickle; the names of the parameters are the same."""
     eager, compiled = pair
     assert list(compiled.policy.state_dict()) == list(eager.policy.state_dict())
     for model in pair:
         model.save(tmp_path / "model")
         for compile_step in (False, True):
-            loaded = MFPO.load(tmp_path / "model", device="cpu", compile_step=compile_step)
+            loaded = type(model).load(tmp_path / "model", device="cpu", compile_step=compile_step)
             assert loaded.compile_step == compile_step
             assert th.equal(weights(loaded), weights(model))
     for copied in (copy.deepcopy(compiled), pickle.loads(pickle.dumps(compiled))):
         assert copied.compile_step and not copied._runner._functions and not copied._runner._graphs
         assert th.equal(weights(copied), weights(compiled))
     # A model from a checkpoint of the compiled one trains on as the original does
-    loaded = MFPO.load(tmp_path / "model", env=RandomEnv(), device=compiled.device, compile_step=False)
+    loaded = type(compiled).load(tmp_path / "model", env=RandomEnv(), device=compiled.device, compile_step=False)
     loaded.replay_buffer = compiled.replay_buffer
     loaded._logger = compiled.logger
     start = weights(loaded)
@@ -220,7 +228,7 @@ def test_compiled_models_are_saved_and_copied(pair: tuple[MFPO, MFPO], tmp_path:
 
 
 @needs_cuda
-def test_steps_are_captured_on_cuda(pair: tuple[MFPO, MFPO]) -> None:
+def test_steps_are_captured_on_cuda(pair: tuple[Any, Any]) -> None:
     _, compiled = pair
     compiled._runner.forget_graphs()
     train(compiled, StepRunner.WARM_UP_STEPS)
@@ -260,12 +268,12 @@ def test_the_processor_is_tried() -> None:
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_onednn_is_used_only_where_it_is_exact(exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onednn_is_used_only_where_it_is_exact(algorithm: Algorithm, exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on either kind of processor: switched on within `train` alone, or refused with a warning."""
     monkeypatch.setattr("sb3_mfpo.common.off_policy.onednn_matmul_is_exact", lambda: exact)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        model = make_model(onednn_matmul=True)
+        model = make_model(algorithm, onednn_matmul=True)
     messages = [str(warning.message) for warning in caught if "onednn_matmul" in str(warning.message)]
     assert len(messages) == (0 if exact else 1)
     model.learn(10)
@@ -280,9 +288,9 @@ def test_onednn_is_used_only_where_it_is_exact(exact: bool, monkeypatch: pytest.
 @pytest.mark.skipif(
     not onednn_matmul_is_exact(), reason="oneDNN rounds to bfloat16 on this processor, and MFPO does not use it"
 )
-def test_onednn_steps_are_the_usual_ones() -> None:
-    models = [make_model(seed=0, onednn_matmul=switch).learn(50) for switch in (False, True)]
-    start = weights(make_model(seed=0))
+def test_onednn_steps_are_the_usual_ones(algorithm: Algorithm) -> None:
+    models = [make_model(algorithm, seed=0, onednn_matmul=switch).learn(50) for switch in (False, True)]
+    start = weights(make_model(algorithm, seed=0))
     assert relative_difference(models[0], models[1], start) < 1e-4
 
 
@@ -290,7 +298,7 @@ def test_onednn_steps_are_the_usual_ones() -> None:
 
 
 @pytest.mark.parametrize("kind", ["box", "dict", "her", "memory", "n-step", "uint8"])
-def test_float64_observations_are_stored_as_float32(kind: str) -> None:
+def test_float64_observations_are_stored_as_float32(algorithm: Algorithm, kind: str) -> None:
     box = spaces.Box(-1, 1, (3,), np.float64)
     kwargs: dict[str, Any] = {}
     env: gym.Env = RandomEnv(box)
@@ -310,7 +318,7 @@ def test_float64_observations_are_stored_as_float32(kind: str) -> None:
         kwargs = dict(n_steps=3)
     elif kind == "uint8":
         env = RandomEnv(spaces.Box(0, 255, (3,), np.uint8))
-    model = make_model(env, **kwargs).learn(30)
+    model = make_model(algorithm, env, **kwargs).learn(30)
     stored = model.replay_buffer.observations
     for name, array in (stored if isinstance(stored, dict) else {"": stored}).items():
         assert array.dtype == (np.uint8 if kind == "uint8" else np.float32), name
@@ -318,11 +326,11 @@ def test_float64_observations_are_stored_as_float32(kind: str) -> None:
     assert all(value.dtype != th.float64 for value in (batch.values() if isinstance(batch, dict) else [batch]))
 
 
-def test_what_is_stored_is_what_was_seen() -> None:
+def test_what_is_stored_is_what_was_seen(algorithm: Algorithm) -> None:
     env = RandomEnv(spaces.Box(-1, 1, (3,), np.float64))
     seen = []
     step = env.step
     env.step = lambda action: seen.append(step(action)) or seen[-1]  # type: ignore[method-assign,func-returns-value]
-    model = make_model(env).learn(5)
+    model = make_model(algorithm, env).learn(5)
     expected = np.array([observation for observation, *_ in seen])
     assert np.array_equal(model.replay_buffer.next_observations[:5, 0], expected.astype(np.float32))

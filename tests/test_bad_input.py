@@ -13,9 +13,9 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from stable_baselines3.sac.policies import SACPolicy
 
-from sb3_mfpo import MFPO
-from sb3_mfpo.mfpo.policies import MFPOPolicy
-from tests.helpers import SMALL_POLICY, RandomEnv, make_model
+from sb3_mfpo import MFPO, SOM
+from sb3_mfpo.common.off_policy import FlowAlgorithm
+from tests.helpers import ALGORITHMS, SMALL_POLICY, Algorithm, RandomEnv, make_model
 
 
 class UntouchedEnv(RandomEnv):
@@ -34,31 +34,32 @@ class UnusedBuffer(ReplayBuffer):
         raise AssertionError("The replay buffer was allocated")
 
 
-@pytest.mark.parametrize(
-    "kwargs, message",
-    [
-        (dict(batch_size=0), "`batch_size` must be an integer of at least 1, not 0"),
-        (dict(batch_size=2.5), "`batch_size` must be an integer of at least 1, not 2.5"),
-        (dict(buffer_size=0), "`buffer_size`"),
-        (dict(n_steps=0), "`n_steps`"),
+ARGUMENTS_OF_ALL: list[tuple[dict[str, Any], str]] = [
+    (dict(batch_size=0), "`batch_size` must be an integer of at least 1, not 0"),
+    (dict(batch_size=2.5), "`batch_size` must be an integer of at least 1, not 2.5"),
+    (dict(buffer_size=0), "`buffer_size`"),
+    (dict(n_steps=0), "`n_steps`"),
+    (dict(learning_starts=-1), "`learning_starts`"),
+    (dict(gradient_steps=-2), "`gradient_steps`"),
+    (dict(policy_delay=0), "`policy_delay`"),
+    (dict(target_update_interval=0), "`target_update_interval`"),
+    (dict(compile_step="reduce-overhead"), "`compile_step`"),
+    (dict(onednn_matmul="bf16"), "`onednn_matmul`"),
+    (dict(equal_time_share=1.5), r"`equal_time_share` must be a number in \[0, 1\], not 1.5"),
+    (dict(equal_time_share=-0.1), "`equal_time_share`"),
+    (dict(equal_time_share=float("nan")), "`equal_time_share`"),
+    (dict(tau=2.0), "`tau`"),
+    (dict(gamma=-0.5), "`gamma`"),
+    (dict(time_std=-1.0), "`time_std`"),
+    (dict(time_mean=float("inf")), "`time_mean` must be finite"),
+    (dict(critic_reduction="max"), "`critic_reduction` must be one of 'min', 'mean', not 'max'"),
+]
+ARGUMENTS: dict[Algorithm, list[tuple[dict[str, Any], str]]] = {
+    MFPO: [
         (dict(n_probes=0), "`n_probes` must be an integer of at least 1, not 0"),
-        (dict(learning_starts=-1), "`learning_starts`"),
-        (dict(gradient_steps=-2), "`gradient_steps`"),
-        (dict(policy_delay=0), "`policy_delay`"),
-        (dict(target_update_interval=0), "`target_update_interval`"),
-        (dict(compile_step="reduce-overhead"), "`compile_step`"),
-        (dict(onednn_matmul="bf16"), "`onednn_matmul`"),
         (dict(n_policy_samples=-1), "`n_policy_samples` must be an integer of at least 0, not -1"),
         (dict(n_gaussian_samples=True), "`n_gaussian_samples`"),
         (dict(n_policy_samples=0, n_gaussian_samples=0), "`n_policy_samples` and `n_gaussian_samples` are both 0"),
-        (dict(equal_time_share=1.5), r"`equal_time_share` must be a number in \[0, 1\], not 1.5"),
-        (dict(equal_time_share=-0.1), "`equal_time_share`"),
-        (dict(equal_time_share=float("nan")), "`equal_time_share`"),
-        (dict(tau=2.0), "`tau`"),
-        (dict(gamma=-0.5), "`gamma`"),
-        (dict(time_std=-1.0), "`time_std`"),
-        (dict(time_mean=float("inf")), "`time_mean` must be finite"),
-        (dict(critic_reduction="max"), "`critic_reduction` must be one of 'min', 'mean', not 'max'"),
         (dict(ent_coef="automatic"), "`ent_coef` must be .* not 'automatic'"),
         (dict(ent_coef="auto_x"), "`ent_coef`"),
         (dict(ent_coef="auto_0"), "`ent_coef`"),
@@ -71,11 +72,31 @@ class UnusedBuffer(ReplayBuffer):
         (dict(target_entropy=float("inf")), "`target_entropy`"),
         (dict(use_sde=True), "`use_sde=True` is not supported.*Remove the argument"),
     ],
-    ids=str,
+    SOM: [
+        (dict(inverse_temperature=0.0), "`inverse_temperature` must be above 0, not 0.0"),
+        (dict(inverse_temperature=-1.0), "`inverse_temperature` must be above 0, not -1.0"),
+        (dict(inverse_temperature=float("inf")), "`inverse_temperature` must be finite, not inf"),
+        (dict(inverse_temperature="auto"), "`inverse_temperature` must be a number"),
+        (dict(n_samples=0), "`n_samples` must be an integer of at least 1, not 0"),
+        (dict(score_estimator="exact"), "`score_estimator` must be one of 'posterior_mean', 'gradient', not 'exact'"),
+        (dict(score_norm=0.0), "`score_norm` must be above 0, not 0.0"),
+        (dict(score_norm=True), "`score_norm` must be a number"),
+        (dict(path="cosine"), "`path` must be one of 'linear', 'vp', not 'cosine'"),
+        (dict(time_distribution="beta"), "`time_distribution` must be one of 'logit_normal', 'uniform', not 'beta'"),
+        (dict(normalize_q="batch"), "`normalize_q`"),
+        (dict(adaptive_loss=2), "`adaptive_loss`"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "algorithm, kwargs, message",
+    [(algorithm, *case) for algorithm, own in ARGUMENTS.items() for case in own + ARGUMENTS_OF_ALL],
+    ids=lambda value: value.__name__ if isinstance(value, type) else str(value),
 )
-def test_algorithm_arguments(kwargs: dict[str, Any], message: str) -> None:
+def test_algorithm_arguments(algorithm: Algorithm, kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        make_model(UntouchedEnv(), replay_buffer_class=UnusedBuffer, **kwargs)
+        make_model(algorithm, UntouchedEnv(), replay_buffer_class=UnusedBuffer, **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -95,36 +116,52 @@ def test_algorithm_arguments(kwargs: dict[str, Any], message: str) -> None:
         (dict(net_arch=[]), r"`net_arch` needs a hidden layer.*not \[\]"),
         (dict(net_arch=dict(pi=[8], qf=[])), "`net_arch` needs a hidden layer"),
         (dict(net_arch=[16, 0]), "`net_arch` must be an integer of at least 1, not 0"),
-        (dict(actor_type="diffusion"), "`actor_type` must be one of 'mean_flow', 'flow_matching', not 'diffusion'"),
-        (dict(divergence_type="none"), "`divergence_type`"),
         (dict(critic_type="quantile"), "`critic_type`"),
     ],
     ids=str,
 )
-def test_policy_arguments(kwargs: dict[str, Any], message: str) -> None:
+def test_policy_arguments(algorithm: Algorithm, kwargs: dict[str, Any], message: str) -> None:
+    refused_by_both(algorithm, kwargs, message)
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        (dict(actor_type="diffusion"), "`actor_type` must be one of 'mean_flow', 'flow_matching', not 'diffusion'"),
+        (dict(divergence_type="none"), "`divergence_type`"),
+    ],
+    ids=str,
+)
+def test_policy_arguments_of_mfpo(kwargs: dict[str, Any], message: str) -> None:
+    refused_by_both(MFPO, kwargs, message)
+
+
+def refused_by_both(algorithm: Algorithm, kwargs: dict[str, Any], message: str) -> None:
+    """By the algorithm and by the policy itself."""
     with pytest.raises(ValueError, match=message):
-        make_model(UntouchedEnv(), replay_buffer_class=UnusedBuffer, policy_kwargs=kwargs)
+        make_model(algorithm, UntouchedEnv(), replay_buffer_class=UnusedBuffer, policy_kwargs=kwargs)
     env = RandomEnv()
     with pytest.raises(ValueError, match=message):
-        MFPOPolicy(env.observation_space, env.action_space, lambda _: 1e-3, **{**SMALL_POLICY, **kwargs})
+        algorithm.policy_base(env.observation_space, env.action_space, lambda _: 1e-3, **{**SMALL_POLICY, **kwargs})
 
 
-def test_reduction_belongs_to_the_algorithm() -> None:
-    with pytest.raises(ValueError, match="`critic_reduction` is an argument of MFPO itself"):
-        make_model(UntouchedEnv(), replay_buffer_class=UnusedBuffer, policy_kwargs=dict(critic_reduction="mean"))
+def test_reduction_belongs_to_the_algorithm(algorithm: Algorithm) -> None:
+    with pytest.raises(ValueError, match=f"`critic_reduction` is an argument of {algorithm.__name__} itself"):
+        make_model(algorithm, UntouchedEnv(), replay_buffer_class=UnusedBuffer, policy_kwargs=dict(critic_reduction="mean"))
 
 
-def test_value_range_is_checked_against_the_default() -> None:
+def test_value_range_is_checked_against_the_default(algorithm: Algorithm) -> None:
     with pytest.raises(ValueError, match=r"v_min=2000\.0, v_max=1600\.0"):
-        MFPO("MlpPolicy", UntouchedEnv(), replay_buffer_class=UnusedBuffer, policy_kwargs=dict(v_min=2000.0))
+        algorithm("MlpPolicy", UntouchedEnv(), replay_buffer_class=UnusedBuffer, policy_kwargs=dict(v_min=2000.0))
 
 
 @pytest.mark.parametrize("name, value", [("sampling_steps", 0), ("n_action_candidates", -1), ("sampling_steps", "two")])
-def test_changing_a_trained_policy(name: str, value: Any) -> None:
-    policy = make_model().policy
+def test_changing_a_trained_policy(algorithm: Algorithm, name: str, value: Any) -> None:
+    policy = make_model(algorithm).policy
+    before = policy.sampling_steps, policy.n_action_candidates
     with pytest.raises(ValueError, match=f"`{name}`"):
         setattr(policy, name, value)
-    assert (policy.sampling_steps, policy.n_action_candidates) == (2, 10)
+    assert (policy.sampling_steps, policy.n_action_candidates) == before
 
 
 @pytest.mark.parametrize(
@@ -138,23 +175,25 @@ def test_changing_a_trained_policy(name: str, value: Any) -> None:
     ],
     ids=str,
 )
-def test_action_spaces(action_space: Any, message: str) -> None:
+def test_action_spaces(algorithm: Algorithm, action_space: Any, message: str) -> None:
     with pytest.raises((ValueError, AssertionError), match=message):
-        make_model(UntouchedEnv(action_space=action_space), replay_buffer_class=UnusedBuffer)
+        make_model(algorithm, UntouchedEnv(action_space=action_space), replay_buffer_class=UnusedBuffer)
 
 
-def test_policy_of_another_algorithm() -> None:
-    with pytest.raises(ValueError, match=r"`policy` must be one of .*'MlpPolicy'.* or a subclass of `MFPOPolicy`"):
-        MFPO(SACPolicy, UntouchedEnv(), replay_buffer_class=UnusedBuffer)
+def test_policy_of_another_algorithm(algorithm: Algorithm) -> None:
+    with pytest.raises(
+        ValueError, match=rf"`policy` must be one of .*'MlpPolicy'.* or a subclass of `{algorithm.__name__}Policy`"
+    ):
+        algorithm(SACPolicy, UntouchedEnv(), replay_buffer_class=UnusedBuffer)
     with pytest.raises(ValueError, match="Policy LstmPolicy unknown"):
-        MFPO("LstmPolicy", UntouchedEnv(), replay_buffer_class=UnusedBuffer)
+        algorithm("LstmPolicy", UntouchedEnv(), replay_buffer_class=UnusedBuffer)
 
 
-def test_nan_bounds() -> None:
+def test_nan_bounds(algorithm: Algorithm) -> None:
     action_space = spaces.Box(-1, 1, (2,), np.float32)
     action_space.low[0] = np.nan
     with pytest.raises((ValueError, AssertionError), match="finite lower and upper bound"):
-        make_model(UntouchedEnv(action_space=action_space), replay_buffer_class=UnusedBuffer)
+        make_model(algorithm, UntouchedEnv(action_space=action_space), replay_buffer_class=UnusedBuffer)
 
 
 # While training
@@ -187,7 +226,7 @@ class BrokenEnv(RandomEnv):
         return observation, reward, terminated, truncated, info
 
 
-def weights(model: MFPO) -> list[th.Tensor]:
+def weights(model: FlowAlgorithm) -> list[th.Tensor]:
     return [value.clone() for value in model.policy.state_dict().values()]
 
 
@@ -195,8 +234,8 @@ def weights(model: MFPO) -> list[th.Tensor]:
 @pytest.mark.parametrize(
     "what, step", [("observation", 12), ("terminal observation", 14), ("reward", 12), ("first observation", 0)]
 )
-def test_broken_numbers_stop_training(tmp_path: Any, what: str, step: int, value: float) -> None:
-    model = make_model(BrokenEnv(what, value))
+def test_broken_numbers_stop_training(algorithm: Algorithm, tmp_path: Any, what: str, step: int, value: float) -> None:
+    model = make_model(algorithm, BrokenEnv(what, value))
     seen = []
     with pytest.raises(ValueError, match=rf"non-finite .*{what.split()[-1]} at step {step}\b"):
         model.learn(40, callback=lambda *_: seen.append(weights(model)) is None)
@@ -208,43 +247,46 @@ def test_broken_numbers_stop_training(tmp_path: Any, what: str, step: int, value
     if seen:
         assert all(th.equal(old, new) for old, new in zip(seen[-1], weights(model), strict=True))
     model.save(tmp_path / "model")
-    MFPO.load(tmp_path / "model", env=RandomEnv()).learn(15)
+    algorithm.load(tmp_path / "model", env=RandomEnv()).learn(15)
 
 
-def test_broken_dict_observation_names_the_key() -> None:
+def test_broken_dict_observation_names_the_key(algorithm: Algorithm) -> None:
     space = spaces.Dict(vector=spaces.Box(-1, 1, (3,), np.float32), other=spaces.Box(-1, 1, (2,), np.float32))
-    model = make_model(BrokenEnv("terminal observation", np.nan, observation_space=space), policy="MultiInputPolicy")
+    model = make_model(
+        algorithm, BrokenEnv("terminal observation", np.nan, observation_space=space), policy="MultiInputPolicy"
+    )
     with pytest.raises(ValueError, match="terminal observation 'vector' at step 14"):
         model.learn(40)
 
 
-def test_the_broken_environment_is_named() -> None:
+def test_the_broken_environment_is_named(algorithm: Algorithm) -> None:
     for what in ("observation", "terminal observation", "reward"):
-        model = make_model(DummyVecEnv([RandomEnv, lambda what=what: BrokenEnv(what, np.nan)]), gradient_steps=-1)
+        model = make_model(algorithm, DummyVecEnv([RandomEnv, lambda what=what: BrokenEnv(what, np.nan)]), gradient_steps=-1)
         with pytest.raises(ValueError, match=f"Environment 1 returned a non-finite {what} at step"):
             model.learn(60)
 
 
 @pytest.mark.parametrize("what", ["observation", "reward"])
-def test_normalisation_does_not_hide_an_infinite_number(what: str) -> None:
+def test_normalisation_does_not_hide_an_infinite_number(algorithm: Algorithm, what: str) -> None:
     env = VecNormalize(DummyVecEnv([lambda: BrokenEnv(what, np.inf)]))
     with pytest.raises(ValueError, match=f"non-finite {what} at step 12"):
-        make_model(env).learn(40)
+        make_model(algorithm, env).learn(40)
 
 
 @pytest.mark.parametrize(
-    "network, loss",
-    [("critic", "critic_loss"), ("actor", "actor_loss"), ("divergence", "divergence_loss"), ("", "ent_coef_loss")],
+    "algorithm, network, loss",
+    [
+        *((algorithm, network, f"{network}_loss") for algorithm in ALGORITHMS for network in ("critic", "actor")),
+        (MFPO, "divergence", "divergence_loss"),
+        (MFPO, "", "ent_coef_loss"),
+    ],
 )
-def test_a_broken_loss_stops_before_its_step(network: str, loss: str) -> None:
+def test_a_broken_loss_stops_before_its_step(algorithm: Algorithm, network: str, loss: str) -> None:
     """A network that returns NaN from now on: its own weights must not change."""
-    model = make_model().learn(20)
+    model = make_model(algorithm).learn(20)
     if network:
-        last_layer = {
-            "critic": model.critic.q_networks[0].body[-1],
-            "actor": model.actor.network.mlp.body[-1],
-            "divergence": model.divergence.mlp.body[-1],
-        }[network]
+        part = {"critic": lambda: model.critic.q_networks[0], "actor": lambda: model.actor.network.mlp}
+        last_layer = part.get(network, lambda: model.divergence.mlp)().body[-1]
         handle = last_layer.register_forward_hook(
             lambda module, inputs, output: output * np.nan if th.is_grad_enabled() else output
         )
@@ -264,22 +306,22 @@ def test_a_broken_loss_stops_before_its_step(network: str, loss: str) -> None:
 # Warnings
 
 
-def test_wide_actions_are_warned_of() -> None:
+def test_wide_actions_are_warned_of(algorithm: Algorithm) -> None:
     with pytest.warns(UserWarning, match="action space reaches beyond 100"):
-        make_model(RandomEnv(action_space=spaces.Box(-1000, 1000, (2,), np.float32)))
+        make_model(algorithm, RandomEnv(action_space=spaces.Box(-1000, 1000, (2,), np.float32)))
 
 
-def test_lost_updates_are_warned_of() -> None:
+def test_lost_updates_are_warned_of(algorithm: Algorithm) -> None:
     with pytest.warns(UserWarning, match="`gradient_steps=1` with 2 environments.*`gradient_steps=-1` keeps it"):
-        make_model(DummyVecEnv([RandomEnv] * 2))
+        make_model(algorithm, DummyVecEnv([RandomEnv] * 2))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        make_model(DummyVecEnv([RandomEnv] * 2), gradient_steps=-1)
-        make_model(DummyVecEnv([RandomEnv]))
+        make_model(algorithm, DummyVecEnv([RandomEnv] * 2), gradient_steps=-1)
+        make_model(algorithm, DummyVecEnv([RandomEnv]))
 
 
-def test_clipped_values_are_warned_of_once() -> None:
-    model = make_model(policy_kwargs=dict(v_min=-0.1, v_max=0.1))
+def test_clipped_values_are_warned_of_once(algorithm: Algorithm) -> None:
+    model = make_model(algorithm, policy_kwargs=dict(v_min=-0.1, v_max=0.1))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model.learn(40)
@@ -288,7 +330,7 @@ def test_clipped_values_are_warned_of_once() -> None:
     assert "[v_min, v_max] = [-0.1, 0.1]" in messages[0] and "policy_kwargs=dict(v_min=..., v_max=...)" in messages[0]
 
 
-def test_ordinary_training_does_not_warn() -> None:
+def test_ordinary_training_does_not_warn(algorithm: Algorithm) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        make_model().learn(40)
+        make_model(algorithm).learn(40)

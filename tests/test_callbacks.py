@@ -25,14 +25,14 @@ def check(model: MFPO, **kwargs: Any) -> dict[str, float]:
 def test_an_exact_divergence_has_no_bias() -> None:
     """With the solver's own steps it is the same computation."""
     policy_kwargs = dict(divergence_type="exact", actor_type="flow_matching", sampling_steps=7)
-    result = check(make_model(policy_kwargs=policy_kwargs, seed=0).learn(30), solver_steps=7)
+    result = check(make_model(MFPO, policy_kwargs=policy_kwargs, seed=0).learn(30), solver_steps=7)
     assert result["log_prob_bias"] == pytest.approx(0, abs=1e-5)
     assert result["log_prob_error"] == pytest.approx(0, abs=1e-5)
 
 
 def test_a_shifted_divergence_network_has_the_shift_as_bias() -> None:
     """The steps' lengths sum up to one: a constant added to the divergence is added to the log-probability."""
-    model = make_model(seed=0).learn(30)
+    model = make_model(MFPO, seed=0).learn(30)
     before = check(model)
     with th.no_grad():
         model.divergence.mlp.body[-1].bias += 2.5
@@ -42,7 +42,7 @@ def test_a_shifted_divergence_network_has_the_shift_as_bias() -> None:
 
 def test_a_fine_solve_is_exact() -> None:
     """Against a solve with ten times the steps; the divergence network of a fresh model is off by more."""
-    model = make_model(seed=0).learn(30)
+    model = make_model(MFPO, seed=0).learn(30)
     features, noise = th.randn(50, 3), th.randn(50, 2)
     with th.no_grad():
         (actions, log_prob), (fine_actions, fine_log_prob) = (model.policy.solve(features, noise, n) for n in (100, 1000))
@@ -53,7 +53,7 @@ def test_a_fine_solve_is_exact() -> None:
 
 
 def test_dead_units_bounds_and_saturation() -> None:
-    model = make_model(seed=0).learn(30)
+    model = make_model(MFPO, seed=0).learn(30)
     healthy = check(model)
     assert healthy["dead_units_actor"] == healthy["dead_units_critic"] == 0
     assert 0 <= healthy["critic_saturation"] < 0.5 and healthy["actions_at_bounds"] < 1
@@ -77,10 +77,10 @@ def test_dead_units_bounds_and_saturation() -> None:
 def test_training_is_the_same_with_it(critic_type: str, tmp_path: Path) -> None:
     policy_kwargs = dict(critic_type=critic_type)
     callback = HealthCallback(check_freq=7, n_states=5, solver_steps=3, max_bias=1e6)
-    watched = make_model(seed=0, policy_kwargs=policy_kwargs)
+    watched = make_model(MFPO, seed=0, policy_kwargs=policy_kwargs)
     watched.set_logger(configure(str(tmp_path), ["csv"]))
     watched.learn(60, callback=callback)
-    alone = make_model(seed=0, policy_kwargs=policy_kwargs).learn(60)
+    alone = make_model(MFPO, seed=0, policy_kwargs=policy_kwargs).learn(60)
     for one, other in zip(watched.policy.parameters(), alone.policy.parameters(), strict=True):
         assert th.equal(one, other)
     with (tmp_path / "progress.csv").open() as file:
@@ -90,7 +90,7 @@ def test_training_is_the_same_with_it(critic_type: str, tmp_path: Path) -> None:
 
 
 def test_it_changes_no_mode_and_no_weight() -> None:
-    model = make_model(seed=0).learn(30)
+    model = make_model(MFPO, seed=0).learn(30)
     before = copy.deepcopy(model.policy.state_dict())
     for mode in (True, False):
         model.policy.set_training_mode(mode)
@@ -104,13 +104,13 @@ def test_checks_come_at_the_given_steps(monkeypatch: pytest.MonkeyPatch) -> None
     steps: list[int] = []
     callback = HealthCallback(check_freq=4)
     monkeypatch.setattr(callback, "check", lambda: steps.append(callback.num_timesteps) or {})
-    make_model(learning_starts=10).learn(21, callback=callback)
+    make_model(MFPO, learning_starts=10).learn(21, callback=callback)
     assert steps == [12, 16, 20]
 
 
 @pytest.mark.parametrize("shift, warns", [(0.0, False), (10.0, True), (-10.0, True), (float("nan"), True)])
 def test_a_bias_is_warned_of(shift: float, warns: bool) -> None:
-    model = make_model(seed=0).learn(30)
+    model = make_model(MFPO, seed=0).learn(30)
     with th.no_grad():
         model.divergence.mlp.body[-1].bias += shift
     with warnings.catch_warnings(record=True) as caught:

@@ -76,7 +76,7 @@ def test_time_limit_of_a_composer_task() -> None:
 
 def test_mfpo_trains() -> None:
     env = make_dm_control("dm_control/cartpole-balance-v0")
-    model = MFPO("MlpPolicy", env, **SMALL, policy_kwargs=SMALL_POLICY).learn(20)
+    model = MFPO("MlpPolicy", env, **SMALL[MFPO], policy_kwargs=SMALL_POLICY).learn(20)
     assert model.replay_buffer.observations.dtype == np.float32
 
 

@@ -48,6 +48,26 @@ def on_grid(average: Any, times: th.Tensor) -> Any:
     return lambda actions, k: average(actions, times[k], times[k] - times[k + 1])
 
 
+def test_uniform_times() -> None:
+    uniform = th.rand(20_000, 2, generator=th.Generator().manual_seed(0))
+    t, r = mean_flow.uniform_times(uniform, n_equal=5_000)
+    assert t.shape == r.shape == (20_000, 1)
+    assert (t[:5_000] == r[:5_000]).all() and (r[5_000:] < t[5_000:]).all() and (r >= 0).all()
+    assert stats.kstest(t[:, 0].numpy(), stats.uniform(0.001, 0.998).cdf).pvalue > 1e-3
+    assert stats.kstest((r / t)[5_000:, 0].numpy(), "uniform").pvalue > 1e-3
+    extremes, _ = mean_flow.uniform_times(th.tensor([[0.0, 0.5], [1 - 1e-7, 0.5]]), n_equal=0)
+    assert extremes.flatten().tolist() == pytest.approx([0.001, 0.999])
+
+
+def test_adaptive_weights() -> None:
+    """By hand: ||(0.3, 0.4)||^2 = 0.25; no gradient flows through them."""
+    errors = th.tensor([[0.3, 0.4], [0.0, 0.0]], requires_grad=True)
+    weights = mean_flow.adaptive_weights(errors, offset=0.25)
+    assert weights.flatten().tolist() == pytest.approx([2.0, 4.0])
+    assert not weights.requires_grad
+    assert mean_flow.adaptive_weights(errors).flatten().tolist() == pytest.approx([1 / 0.251, 1000.0])
+
+
 def test_times_are_ordered_logit_normal_pairs() -> None:
     generator = th.Generator().manual_seed(0)
     normal = th.randn(20_000, 2, generator=generator)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-MATHS = ("common/mean_flow", "common/importance", "common/categorical", "common/divergence")
+MATHS = ("common/mean_flow", "common/importance", "common/categorical", "common/divergence", "common/score")
 # What each module may import besides the standard library
 ALLOWED = {
     **{module: {"torch"} for module in MATHS},
@@ -35,6 +35,8 @@ ALLOWED = {
         *("sb3_mfpo.envs", "sb3_mfpo.zoo.doctor", "sb3_mfpo.zoo.registration"),
     },
     "mfpo/mfpo": {"torch", "numpy", "gymnasium", "stable_baselines3", "sb3_mfpo.common", "sb3_mfpo.mfpo.policies"},
+    "som/policies": {"gymnasium", "stable_baselines3", "sb3_mfpo.common"},
+    "som/som": {"torch", "stable_baselines3", "sb3_mfpo.common", "sb3_mfpo.som.policies"},
 }
 
 
@@ -76,7 +78,7 @@ def test_wheel(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     packages = {name.split("/")[0] for name in names}
     assert len(packages) == 2 and "sb3_mfpo" in packages and any(name.endswith(".dist-info") for name in packages)
-    assert {"sb3_mfpo/py.typed", "sb3_mfpo/mfpo/mfpo.py", "sb3_mfpo/common/mean_flow.py"} <= set(names)
+    assert {"sb3_mfpo/py.typed", "sb3_mfpo/mfpo/mfpo.py", "sb3_mfpo/som/som.py", "sb3_mfpo/common/mean_flow.py"} <= set(names)
     assert "sb3_mfpo/zoo/hyperparams/mfpo.yml" in names
 
     absent = "dm_control", "mujoco", "shimmy", "rl_zoo3", "optuna", "seaborn", "matplotlib", "scipy", "sb3_contrib"
@@ -85,7 +87,7 @@ import sys
 sys.modules.update(dict.fromkeys({absent!r}))
 import sb3_mfpo
 assert {wheel.name!r} in sb3_mfpo.__file__, sb3_mfpo.__file__
-from sb3_mfpo import MFPO
+from sb3_mfpo import MFPO, SOM
 print(sb3_mfpo.__version__)
 """
     # Absent packages include those that SB3 itself imports when they are there

@@ -1,4 +1,4 @@
-"""What SB3 users rely on, for MFPO."""
+"""What SB3 users rely on, for every algorithm."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3 import SAC, HerReplayBuffer
+from stable_baselines3 import SAC, TD3, HerReplayBuffer
 from stable_baselines3.common.callbacks import (
     CallbackList,
     CheckpointCallback,
@@ -32,32 +32,26 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFram
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from sb3_mfpo import MFPO
-from sb3_mfpo.common.mean_flow import few_step_sample
-from sb3_mfpo.mfpo.policies import MFPOPolicy
-from tests.helpers import SMALL_POLICY, RandomEnv, make_model
+from sb3_mfpo import MFPO, SOM
+from sb3_mfpo.common.off_policy import FlowAlgorithm
+from tests.helpers import SMALL_POLICY, Algorithm, RandomEnv, make_model
 
 DEVICES = ["cpu", *(["cuda"] if th.cuda.is_available() else [])]
-OPTIMIZERS = ("actor.optimizer", "critic.optimizer", "divergence.optimizer", "ent_coef_optimizer")
-METRICS = {
-    "actor_loss",
-    "critic_loss",
-    "divergence_loss",
-    "ent_coef",
-    "ent_coef_loss",
-    "entropy",
-    "q_value",
-    "ess_policy",
-    "ess_gaussian",
-    "policy_proposal_weight",
-    "clipped_target_mass",
-    "updates_per_step",
-    "n_updates",
-    "learning_rate",
+OPTIMIZERS: dict[Algorithm, set[str]] = {
+    MFPO: {"actor.optimizer", "critic.optimizer", "divergence.optimizer", "ent_coef_optimizer"},
+    SOM: {"actor.optimizer", "critic.optimizer"},
+}
+METRICS_OF_ALL = {
+    *("actor_loss", "critic_loss", "q_value", "ess_gaussian", "clipped_target_mass"),
+    *("updates_per_step", "n_updates", "learning_rate"),
+}
+METRICS: dict[Algorithm, set[str]] = {
+    MFPO: METRICS_OF_ALL | {"divergence_loss", "ent_coef", "ent_coef_loss", "entropy", "ess_policy", "policy_proposal_weight"},
+    SOM: METRICS_OF_ALL,
 }
 
 
-def state_of(model: MFPO) -> dict[str, Any]:
+def state_of(model: FlowAlgorithm) -> dict[str, Any]:
     return {name: copy.deepcopy(value) for name, value in model.get_parameters().items()}
 
 
@@ -78,7 +72,7 @@ def assert_equal(first: Any, second: Any) -> None:
         assert first == second
 
 
-def observations_for(model: MFPO, n: int = 6) -> np.ndarray:
+def observations_for(model: FlowAlgorithm, n: int = 6) -> np.ndarray:
     model.observation_space.seed(0)
     return np.stack([model.observation_space.sample() for _ in range(n)])
 
@@ -99,41 +93,28 @@ def record_arguments(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> 
 # Constructor
 
 
-def test_arguments_are_those_of_sac_in_the_same_order() -> None:
-    sac = inspect.signature(SAC.__init__).parameters
-    ours = inspect.signature(MFPO.__init__).parameters
-    assert list(ours)[: len(sac)] == list(sac)
-    different = {name for name in sac if sac[name].default != ours[name].default}
-    assert different == {"ent_coef"}
-
-
-def test_paper_defaults() -> None:
-    model = MFPO("MlpPolicy", RandomEnv(), buffer_size=10, device="cpu")
-    assert model.target_entropy == -0.5 * 2
-    assert make_model(target_entropy="auto_0.3").target_entropy == pytest.approx(-0.3 * 2)
-    assert make_model(target_entropy=0.7).target_entropy == 0.7
-    assert model._temperature().item() == pytest.approx(0.01)
-    assert (model.n_policy_samples, model.n_gaussian_samples, model.n_probes) == (16, 32, 2)
-    assert (model.equal_time_share, model.time_mean, model.time_std) == (0.75, -0.4, 1.0)
-    assert (model.critic_reduction, model.policy_delay, model.target_update_interval) == ("min", 1, 1)
-    policy = model.policy
-    assert (policy.sampling_steps, policy.n_action_candidates, len(policy.critic.q_networks)) == (2, 10, 2)
-    assert th.equal(policy.critic.atoms, th.linspace(-1600, 1600, 101))
-    assert policy.net_arch == [256, 256, 256]
-    # [action, state, time] and [state, action], three hidden layers
-    assert policy.actor.network.mlp.input_layer.weight.shape == (256, 2 + 3 + 64)
-    assert [m.out_features for m in policy.critic.q_networks[0].body if isinstance(m, nn.Linear)] == [256, 256, 101]
+@pytest.mark.parametrize(
+    "algorithm, other, different", [(MFPO, SAC, {"ent_coef"}), (SOM, TD3, {"learning_rate", "policy_delay"})]
+)
+def test_arguments_are_those_of_sb3_in_the_same_order(algorithm: Algorithm, other: type, different: set[str]) -> None:
+    theirs = inspect.signature(other.__init__).parameters
+    ours = inspect.signature(algorithm.__init__).parameters
+    # What a stochastic policy does not have
+    names = [name for name in theirs if name not in ("target_policy_noise", "target_noise_clip")]
+    assert list(ours)[: len(names)] == names
+    assert {name for name in names if theirs[name].default != ours[name].default} == different
+    assert all(parameter.kind == parameter.KEYWORD_ONLY for parameter in list(ours.values())[len(names) :])
 
 
 # Saving and loading
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("ent_coef", ["auto_0.01", 0.2])
-def test_save_and_load(tmp_path: Path, device: str, ent_coef: str | float) -> None:
-    model = make_model(ent_coef=ent_coef, seed=0).learn(40)
+@pytest.mark.parametrize("algorithm, kwargs", [(MFPO, {}), (MFPO, dict(ent_coef=0.2)), (SOM, {})])
+def test_save_and_load(algorithm: Algorithm, tmp_path: Path, device: str, kwargs: dict[str, Any]) -> None:
+    model = make_model(algorithm, **kwargs, seed=0).learn(40)
     model.save(tmp_path / "model")
-    loaded = MFPO.load(tmp_path / "model", device=device)
+    loaded = algorithm.load(tmp_path / "model", device=device)
     assert loaded.device.type == device
     observations = observations_for(model)
     if device == "cpu":
@@ -146,37 +127,34 @@ def test_save_and_load(tmp_path: Path, device: str, ent_coef: str | float) -> No
     else:
         action, _ = loaded.predict(observations, deterministic=True)
         assert np.isfinite(action).all()
-    assert loaded._temperature().item() == model._temperature().item()
-    assert loaded.target_entropy == model.target_entropy
+    if algorithm is MFPO:
+        assert loaded._temperature().item() == model._temperature().item()
+        assert loaded.target_entropy == model.target_entropy
     # Training goes on where it was
     loaded.set_env(RandomEnv())
     loaded.learn(20, reset_num_timesteps=False)
     assert (loaded.num_timesteps, loaded._n_updates) == (60, model._n_updates + 20)
 
 
-def test_parameters_hold_every_optimizer_and_the_temperature() -> None:
-    parameters = make_model().learn(20).get_parameters()
-    assert set(parameters) == {"policy", *OPTIMIZERS}
-    for name in OPTIMIZERS:
+def test_parameters_hold_every_optimizer(algorithm: Algorithm) -> None:
+    parameters = make_model(algorithm).learn(20).get_parameters()
+    assert set(parameters) == {"policy", *OPTIMIZERS[algorithm]}
+    for name in OPTIMIZERS[algorithm]:
         assert parameters[name]["state"], f"{name} has no state"
-    _, variables = make_model()._get_torch_save_params()
-    assert variables == ["log_ent_coef"]
-    _, variables = make_model(ent_coef=0.1)._get_torch_save_params()
-    assert variables == ["ent_coef_tensor"]
 
 
-def test_load_with_env_continues(tmp_path: Path) -> None:
-    model = make_model(seed=0).learn(30)
+def test_load_with_env_continues(algorithm: Algorithm, tmp_path: Path) -> None:
+    model = make_model(algorithm, seed=0).learn(30)
     model.save(tmp_path / "model")
-    loaded = MFPO.load(tmp_path / "model", env=RandomEnv())
+    loaded = algorithm.load(tmp_path / "model", env=RandomEnv())
     loaded.learn(20)
     assert loaded.num_timesteps == 20
     with pytest.raises(ValueError, match="Observation spaces do not match"):
-        MFPO.load(tmp_path / "model", env=RandomEnv(spaces.Box(-1, 1, (5,), np.float32)))
+        algorithm.load(tmp_path / "model", env=RandomEnv(spaces.Box(-1, 1, (5,), np.float32)))
 
 
-def test_set_parameters_copies_everything_but_the_buffer(tmp_path: Path) -> None:
-    model, other = make_model(seed=0).learn(30), make_model(seed=1).learn(30)
+def test_set_parameters_copies_everything_but_the_buffer(algorithm: Algorithm, tmp_path: Path) -> None:
+    model, other = make_model(algorithm, seed=0).learn(30), make_model(algorithm, seed=1).learn(30)
     observations = observations_for(model)
     assert not np.array_equal(model.predict(observations, True)[0], other.predict(observations, deterministic=True)[0])
     other.set_parameters(model.get_parameters())
@@ -187,11 +165,13 @@ def test_set_parameters_copies_everything_but_the_buffer(tmp_path: Path) -> None
         other.set_parameters({"policy": model.get_parameters()["policy"]}, exact_match=True)
 
 
-def test_policy_save_and_load(tmp_path: Path) -> None:
-    model = make_model(critic_reduction="mean", policy_kwargs=dict(layer_norm=False, activation_fn=nn.Tanh)).learn(20)
+def test_policy_save_and_load(algorithm: Algorithm, tmp_path: Path) -> None:
+    model = make_model(algorithm, critic_reduction="mean", policy_kwargs=dict(layer_norm=False, activation_fn=nn.Tanh)).learn(
+        20
+    )
     model.policy.sampling_steps = 3
     model.policy.save(tmp_path / "policy")
-    policy = MFPOPolicy.load(tmp_path / "policy", device="cpu")
+    policy = algorithm.policy_base.load(tmp_path / "policy", device="cpu")
     observations = observations_for(model)
     expected, _ = model.predict(observations, deterministic=True)
     assert np.array_equal(policy.predict(observations, deterministic=True)[0], expected)
@@ -213,7 +193,7 @@ class SmallExtractor(BaseFeaturesExtractor):
 
 
 @pytest.mark.parametrize("share", [False, True])
-def test_custom_policy_kwargs_survive_saving(tmp_path: Path, share: bool) -> None:
+def test_custom_policy_kwargs_survive_saving(algorithm: Algorithm, tmp_path: Path, share: bool) -> None:
     policy_kwargs = dict(
         net_arch=dict(pi=[10, 9], qf=[8]),
         activation_fn=nn.SiLU,
@@ -232,14 +212,14 @@ def test_custom_policy_kwargs_survive_saving(tmp_path: Path, share: bool) -> Non
         optimizer_class=th.optim.AdamW,
         optimizer_kwargs=dict(weight_decay=0.1),
     )
-    model = make_model(policy_kwargs=policy_kwargs).learn(30)
+    model = make_model(algorithm, policy_kwargs=policy_kwargs).learn(30)
     model.save(tmp_path / "model")
-    loaded = MFPO.load(tmp_path / "model", device="cpu")
+    loaded = algorithm.load(tmp_path / "model", device="cpu")
     policy = loaded.policy
     assert (policy.sampling_steps, policy.n_action_candidates, len(policy.critic.q_networks)) == (3, 4, 3)
     assert policy.critic.atoms.tolist() == pytest.approx([-300.0, -125.0, 50.0, 225.0, 400.0])
     assert policy.actor.network.mlp.input_layer.weight.shape == (10, 2 + 6 + 3)
-    assert isinstance(policy.divergence.optimizer, th.optim.AdamW)
+    assert isinstance(policy.actor.optimizer, th.optim.AdamW)
     assert (policy.critic.features_extractor is policy.actor.features_extractor) == share
     assert policy.critic_target.features_extractor is not policy.actor.features_extractor
     observations = observations_for(model)
@@ -247,20 +227,19 @@ def test_custom_policy_kwargs_survive_saving(tmp_path: Path, share: bool) -> Non
     assert np.array_equal(loaded.predict(observations, deterministic=True)[0], expected)
 
 
-def test_changed_sampling_survives_saving(tmp_path: Path) -> None:
-    model = make_model().learn(20)
+def test_changed_sampling_survives_saving(algorithm: Algorithm, tmp_path: Path) -> None:
+    model = make_model(algorithm).learn(20)
     observations = observations_for(model)
     model.policy.sampling_steps, model.policy.n_action_candidates = 4, 17
     expected, _ = model.predict(observations, deterministic=True)
     model.save(tmp_path / "model")
-    loaded = MFPO.load(tmp_path / "model")
+    loaded = algorithm.load(tmp_path / "model")
     assert (loaded.policy.sampling_steps, loaded.policy.n_action_candidates) == (4, 17)
     assert np.array_equal(loaded.predict(observations, deterministic=True)[0], expected)
 
 
-@pytest.mark.parametrize("divergence_type", ["mean_flow", "exact"])
-def test_deepcopy_and_pickle(divergence_type: str) -> None:
-    model = make_model(seed=0, policy_kwargs=dict(divergence_type=divergence_type)).learn(20)
+def test_deepcopy_and_pickle(algorithm: Algorithm) -> None:
+    model = make_model(algorithm, seed=0).learn(20)
     observations = observations_for(model)
     expected, _ = model.predict(observations, deterministic=True)
     for policy in (copy.deepcopy(model.policy), pickle.loads(pickle.dumps(model.policy))):
@@ -271,22 +250,18 @@ def test_deepcopy_and_pickle(divergence_type: str) -> None:
         th.manual_seed(0)
         one.train(2, batch_size=8)
     assert_equal(state_of(model), state_of(twin))
-    # The copy stands by itself, its divergence too: that follows the copy's actor, not the original's
-    obs, noise = th.as_tensor(observations), th.randn(len(observations), 2)
-    _, before = model.policy.action_log_prob(obs, noise)
-    for parameter in twin.actor.parameters():
+    # The copy stands by itself
+    expected, _ = model.predict(observations, deterministic=True)
+    for parameter in twin.policy.parameters():
         parameter.data.mul_(2)
-    assert th.equal(model.policy.action_log_prob(obs, noise)[1], before)
-    point, t = th.randn(1, 2), th.full((1, 1), 0.5)
-    features = th.randn(1, 3)
-    changed = not th.equal(model.divergence(features, point, t, t), twin.divergence(features, point, t, t))
-    assert changed == (divergence_type == "exact")
+    assert np.array_equal(model.predict(observations, deterministic=True)[0], expected)
+    assert not np.array_equal(twin.predict(observations, deterministic=True)[0], expected)
 
 
-def test_replay_buffer_is_saved_apart(tmp_path: Path) -> None:
-    model = make_model().learn(30)
+def test_replay_buffer_is_saved_apart(algorithm: Algorithm, tmp_path: Path) -> None:
+    model = make_model(algorithm).learn(30)
     model.save_replay_buffer(tmp_path / "buffer")
-    other = make_model()
+    other = make_model(algorithm)
     other.load_replay_buffer(tmp_path / "buffer")
     assert other.replay_buffer.size() == 30
     assert np.array_equal(other.replay_buffer.rewards, model.replay_buffer.rewards)
@@ -296,15 +271,17 @@ def test_replay_buffer_is_saved_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("candidates", [1, 10])
-def test_deterministic_action_is_a_function_of_weights_and_observation(tmp_path: Path, candidates: int) -> None:
-    model = make_model(policy_kwargs=dict(n_action_candidates=candidates), seed=0).learn(60)
+def test_deterministic_action_is_a_function_of_weights_and_observation(
+    algorithm: Algorithm, tmp_path: Path, candidates: int
+) -> None:
+    model = make_model(algorithm, policy_kwargs=dict(n_action_candidates=candidates), seed=0).learn(60)
     observations = observations_for(model, n=33)
     expected = [model.predict(observation, deterministic=True)[0] for observation in observations]
     assert expected[0].shape == (2,)
     assert len({action.tobytes() for action in expected}) > 1
     order = np.random.default_rng(0).permutation(33)
     model.save(tmp_path / "model")
-    loaded = MFPO.load(tmp_path / "model", device="cpu")
+    loaded = algorithm.load(tmp_path / "model", device="cpu")
     for seed in range(3):
         th.manual_seed(seed)
         np.random.seed(seed)
@@ -315,16 +292,16 @@ def test_deterministic_action_is_a_function_of_weights_and_observation(tmp_path:
         assert np.array_equal(loaded.predict(observations, deterministic=True)[0], expected)
 
 
-def test_deterministic_prediction_draws_no_random_numbers() -> None:
-    model = make_model()
+def test_deterministic_prediction_draws_no_random_numbers(algorithm: Algorithm) -> None:
+    model = make_model(algorithm)
     state = th.get_rng_state()
     model.predict(observations_for(model), deterministic=True)
     assert th.equal(th.get_rng_state(), state)
 
 
-def test_deterministic_action_is_the_best_candidate() -> None:
+def test_deterministic_action_is_the_best_candidate(algorithm: Algorithm) -> None:
     """No candidate has a higher value by the target critics, and more candidates cannot be worse."""
-    model = make_model(seed=0).learn(60)
+    model = make_model(algorithm, seed=0).learn(60)
     policy = model.policy
     observation = th.as_tensor(observations_for(model, 1))
 
@@ -333,13 +310,13 @@ def test_deterministic_action_is_the_best_candidate() -> None:
 
     with th.no_grad():
         action = policy._predict(observation, deterministic=True)[0]
-        candidates, _ = policy.sample(policy.actor.encode(observation), policy.candidate_noise)
+        candidates = policy.act(policy.actor.encode(observation), policy.candidate_noise)
         assert len(candidates) == 10
         assert value(action) == pytest.approx(max(value(candidate) for candidate in candidates), abs=1e-5)
 
 
-def test_stochastic_actions_follow_the_seed() -> None:
-    model = make_model()
+def test_stochastic_actions_follow_the_seed(algorithm: Algorithm) -> None:
+    model = make_model(algorithm)
     observations = observations_for(model)
     actions = []
     for seed in (0, 0, 1):
@@ -351,8 +328,8 @@ def test_stochastic_actions_follow_the_seed() -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
-def test_sampling_steps_can_be_changed_without_retraining(steps: int) -> None:
-    model = make_model().learn(20)
+def test_sampling_steps_can_be_changed_without_retraining(algorithm: Algorithm, steps: int) -> None:
+    model = make_model(algorithm).learn(20)
     model.policy.sampling_steps = steps
     model.policy.n_action_candidates = steps + 2
     assert model.policy.sampling_steps == steps
@@ -367,91 +344,58 @@ def test_sampling_steps_can_be_changed_without_retraining(steps: int) -> None:
     model.learn(10, reset_num_timesteps=False)
 
 
-def test_candidate_noise_is_well_spread() -> None:
+def test_candidate_noise_is_well_spread(algorithm: Algorithm) -> None:
     """The same on every call, every coordinate with the mean and nearly the variance of a standard normal."""
-    model = make_model()
+    model = make_model(algorithm)
     model.policy.n_action_candidates = 64
     noise = model.policy.candidate_noise
     assert noise.shape == (64, 2)
     assert th.allclose(noise.mean(0), th.zeros(2), atol=1e-6)
     assert th.allclose(noise.var(0), th.ones(2), atol=0.1)
-    assert th.equal(make_model(policy_kwargs=dict(n_action_candidates=64), seed=5).policy.candidate_noise, noise)
-
-
-def test_log_probabilities_are_public() -> None:
-    model = make_model()
-    obs, _ = model.policy.obs_to_tensor(observations_for(model, 5))
-    noise = th.randn(5, 2)
-    actions, log_prob = model.policy.action_log_prob(obs)
-    assert actions.shape == (5, 2) and log_prob.shape == (5,)
-    assert actions.abs().max() <= 1
-    assert th.equal(model.policy(obs, deterministic=True), model.policy._predict(obs, deterministic=True))
-    first, second = model.policy.action_log_prob(obs, noise), model.policy.action_log_prob(obs, noise)
-    assert th.equal(first[0], second[0]) and th.equal(first[1], second[1])
-
-
-def test_log_probability_integrates_to_one_with_exact_divergence() -> None:
-    """
-    A fine solve with the exact divergence is a normalised density: E_pi[q / pi] = 1 for any density q, here N(0, 0.5^2)
-    on the actions before the clip.
-    """
-    model = make_model(policy_kwargs=dict(divergence_type="exact", actor_type="flow_matching", sampling_steps=50), seed=0)
-    policy = model.policy
-    n = 20_000
-    noise = th.randn(n, 2, generator=th.Generator().manual_seed(0))
-    features = policy.actor.encode(th.zeros(1, 3))
-    with th.no_grad():
-        velocity, divergence = (
-            network.on_grid(features, shares)
-            for network, shares in zip((policy.actor.network, policy.divergence), policy.time_shares(), strict=True)
-        )
-        actions, log_prob = few_step_sample(velocity, noise, policy.sampling_times, divergence)
-    reference = th.distributions.Normal(0.0, 0.5).log_prob(actions).sum(-1)
-    ratio = (reference - log_prob).exp()
-    assert abs(ratio.mean().item() - 1) < 4 * (ratio.std() / n**0.5).item() + 0.01
+    assert th.equal(make_model(algorithm, policy_kwargs=dict(n_action_candidates=64), seed=5).policy.candidate_noise, noise)
 
 
 @pytest.mark.parametrize(
     "low, high", [([-1.0], [1.0]), ([-2.0], [0.5]), ([-1.0, 0.0, -3.0], [1.0, 5.0, -1.0]), ([0.0, 10.0], [1e-3, 90.0])]
 )
-def test_one_dimensional_and_asymmetric_actions(low: list[float], high: list[float]) -> None:
+def test_one_dimensional_and_asymmetric_actions(algorithm: Algorithm, low: list[float], high: list[float]) -> None:
     action_space = spaces.Box(np.array(low, np.float32), np.array(high, np.float32))
-    model = make_model(RandomEnv(action_space=action_space)).learn(40)  # the environment checks every action
+    model = make_model(algorithm, RandomEnv(action_space=action_space)).learn(40)  # the environment checks every action
     for deterministic in (True, False):
         action, _ = model.predict(model.observation_space.sample(), deterministic=deterministic)
         assert action_space.contains(action)
 
 
-def test_matrix_shaped_actions() -> None:
-    model = make_model(RandomEnv(action_space=spaces.Box(-2, 2, (2, 3), np.float32))).learn(30)
+def test_matrix_shaped_actions(algorithm: Algorithm) -> None:
+    model = make_model(algorithm, RandomEnv(action_space=spaces.Box(-2, 2, (2, 3), np.float32))).learn(30)
     assert model.predict(model.observation_space.sample(), deterministic=True)[0].shape == (2, 3)
 
 
 # Training
 
 
-def train_twice(**kwargs: Any) -> tuple[MFPO, MFPO]:
+def train_twice(algorithm: Algorithm, **kwargs: Any) -> tuple[Any, Any]:
     models = []
     for _ in range(2):
         env = RandomEnv()
-        models.append(make_model(env, seed=3, **kwargs).learn(50))
+        models.append(make_model(algorithm, env, seed=3, **kwargs).learn(50))
     return models[0], models[1]
 
 
-def test_same_seed_same_training() -> None:
-    first, second = train_twice()
+def test_same_seed_same_training(algorithm: Algorithm) -> None:
+    first, second = train_twice(algorithm)
     assert_equal(state_of(first), state_of(second))
     assert np.array_equal(first.replay_buffer.actions, second.replay_buffer.actions)
     assert not th.equal(
-        make_model(seed=4).policy.actor.network.mlp.input_layer.weight,
-        make_model(seed=5).policy.actor.network.mlp.input_layer.weight,
+        make_model(algorithm, seed=4).policy.actor.network.mlp.input_layer.weight,
+        make_model(algorithm, seed=5).policy.actor.network.mlp.input_layer.weight,
     )
 
 
 @pytest.mark.parametrize("vec_env_class", [DummyVecEnv, SubprocVecEnv])
-def test_several_environments(vec_env_class: type) -> None:
+def test_several_environments(algorithm: Algorithm, vec_env_class: type) -> None:
     env = vec_env_class([RandomEnv for _ in range(3)])
-    model = make_model(env, gradient_steps=-1).learn(60)
+    model = make_model(algorithm, env, gradient_steps=-1).learn(60)
     # learning_starts = 10: the first three rounds of 3 steps come without updates
     assert model.num_timesteps == 60
     assert model._n_updates == 60 - 9
@@ -462,36 +406,35 @@ def test_several_environments(vec_env_class: type) -> None:
     "train_freq, gradient_steps, updates",
     [(1, 1, 30), (5, 2, 12), ((2, "episode"), 3, 9), ((1, "episode"), -1, 35), (4, 0, 0)],
 )
-def test_train_frequency(train_freq: Any, gradient_steps: int, updates: int) -> None:
+def test_train_frequency(algorithm: Algorithm, train_freq: Any, gradient_steps: int, updates: int) -> None:
     """Episodes have 7 steps."""
-    model = make_model(train_freq=train_freq, gradient_steps=gradient_steps).learn(40)
+    model = make_model(algorithm, train_freq=train_freq, gradient_steps=gradient_steps).learn(40)
     assert model._n_updates == updates
 
 
-def test_policy_delay_and_target_update_interval() -> None:
-    model = make_model(policy_delay=3, target_update_interval=4, learning_starts=10)
+def test_policy_delay_and_target_update_interval(algorithm: Algorithm) -> None:
+    model = make_model(algorithm, policy_delay=3, target_update_interval=4, learning_starts=10)
     model.learn(10)
     batch = model.replay_buffer.sample(8)
 
+    followers = [model.actor, *([model.divergence] if algorithm is MFPO else [])]
+
     def snapshot() -> list[th.Tensor]:
-        return [
-            next(module.parameters()).detach().clone()
-            for module in (model.critic, model.actor, model.divergence, model.critic_target)
-        ] + [model.log_ent_coef.detach().clone()]
+        modules = (model.critic, model.critic_target, *followers)
+        temperature = [model.log_ent_coef] if algorithm is MFPO else []
+        return [parameter.detach().clone() for parameter in (*(next(m.parameters()) for m in modules), *temperature)]
 
     for update in range(1, 13):
         before = snapshot()
         model._gradient_step(batch)
-        critic, actor, divergence, target, temperature = (
-            not th.equal(old, new) for old, new in zip(before, snapshot(), strict=True)
-        )
+        critic, target, *policy = (not th.equal(old, new) for old, new in zip(before, snapshot(), strict=True))
         assert critic
-        assert actor == divergence == temperature == (update % 3 == 0)
         assert target == (update % 4 == 0)
+        assert all(changed == (update % 3 == 0) for changed in policy)
 
 
-def test_polyak_average() -> None:
-    model = make_model(tau=0.1)
+def test_polyak_average(algorithm: Algorithm) -> None:
+    model = make_model(algorithm, tau=0.1)
     model.learn(10)
     old = [parameter.clone() for parameter in model.critic_target.parameters()]
     model._gradient_step(model.replay_buffer.sample(8))
@@ -500,16 +443,18 @@ def test_polyak_average() -> None:
 
 
 @pytest.mark.parametrize("terminates", [True, False])
-def test_termination_ends_the_return_and_truncation_does_not(monkeypatch: pytest.MonkeyPatch, terminates: bool) -> None:
-    model = make_model(RandomEnv(episode_length=1, terminates=terminates))
+def test_termination_ends_the_return_and_truncation_does_not(
+    algorithm: Algorithm, monkeypatch: pytest.MonkeyPatch, terminates: bool
+) -> None:
+    model = make_model(algorithm, RandomEnv(episode_length=1, terminates=terminates))
     calls = record_arguments(monkeypatch, model.policy.critic_target, "bellman_target")
     model.learn(20)
     discounts = th.cat([args[3] for args in calls])
     assert (discounts == (0.0 if terminates else model.gamma)).all()
 
 
-def test_n_step_returns_use_their_own_discounts(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_model(RandomEnv(episode_length=7, terminates=True), n_steps=3, gamma=0.9)
+def test_n_step_returns_use_their_own_discounts(algorithm: Algorithm, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(algorithm, RandomEnv(episode_length=7, terminates=True), n_steps=3, gamma=0.9)
     calls = record_arguments(monkeypatch, model.policy.critic_target, "bellman_target")
     model.learn(80)
     discounts = th.cat([args[3] for args in calls])
@@ -520,8 +465,9 @@ def test_n_step_returns_use_their_own_discounts(monkeypatch: pytest.MonkeyPatch)
     assert th.isclose(discounts, allowed, atol=1e-6).any(dim=1).all()
 
 
-def test_hindsight_experience_replay() -> None:
+def test_hindsight_experience_replay(algorithm: Algorithm) -> None:
     model = make_model(
+        algorithm,
         BitFlippingEnv(n_bits=3, continuous=True, max_steps=3),
         policy="MultiInputPolicy",
         replay_buffer_class=HerReplayBuffer,
@@ -531,22 +477,24 @@ def test_hindsight_experience_replay() -> None:
     assert isinstance(model.replay_buffer, HerReplayBuffer)
 
 
-def test_memory_efficient_buffer() -> None:
-    model = make_model(optimize_memory_usage=True, replay_buffer_kwargs=dict(handle_timeout_termination=False)).learn(40)
+def test_memory_efficient_buffer(algorithm: Algorithm) -> None:
+    model = make_model(
+        algorithm, optimize_memory_usage=True, replay_buffer_kwargs=dict(handle_timeout_termination=False)
+    ).learn(40)
     assert not hasattr(model.replay_buffer, "next_observations")
     assert model._n_updates == 30
 
 
-def test_action_noise_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_action_noise_is_added(algorithm: Algorithm, monkeypatch: pytest.MonkeyPatch) -> None:
     noise = NormalActionNoise(np.full(2, 10.0), np.full(2, 0.01))
-    model = make_model(action_noise=noise, learning_starts=0).learn(5)
+    model = make_model(algorithm, action_noise=noise, learning_starts=0).learn(5)
     # A push of 10 carries every action to the upper bound
     assert (model.replay_buffer.actions[:5] == 1).all()
 
 
-def test_vec_normalize(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vec_normalize(algorithm: Algorithm, monkeypatch: pytest.MonkeyPatch) -> None:
     env = VecNormalize(DummyVecEnv([lambda: RandomEnv(spaces.Box(50, 100, (3,), np.float32))]))
-    model = make_model(env)
+    model = make_model(algorithm, env)
     seen = record_arguments(monkeypatch, model.policy.critic, "encode")
     model.learn(40)
     # The buffer holds raw observations, the networks see normalised ones
@@ -554,12 +502,12 @@ def test_vec_normalize(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(args[0].abs().max() for args in seen) <= env.clip_obs
 
 
-def test_stacked_frames_and_images() -> None:
+def test_stacked_frames_and_images(algorithm: Algorithm) -> None:
     env = VecFrameStack(
         DummyVecEnv([lambda: FakeImageEnv(screen_height=36, screen_width=36, n_channels=1, discrete=False)]), n_stack=2
     )
     model = make_model(
-        env, policy="CnnPolicy", buffer_size=50, policy_kwargs=dict(features_extractor_kwargs=dict(features_dim=8))
+        algorithm, env, policy="CnnPolicy", buffer_size=50, policy_kwargs=dict(features_extractor_kwargs=dict(features_dim=8))
     )
     before = [p.clone() for p in model.actor.features_extractor.parameters()]
     model.learn(14)
@@ -569,8 +517,10 @@ def test_stacked_frames_and_images() -> None:
     assert model.predict(observation, deterministic=True)[0].shape == (1, 5)
 
 
-def test_shared_extractor_learns_from_the_actor_alone() -> None:
-    model = make_model(policy_kwargs=dict(features_extractor_class=SmallExtractor, share_features_extractor=True)).learn(12)
+def test_shared_extractor_learns_from_the_actor_alone(algorithm: Algorithm) -> None:
+    model = make_model(
+        algorithm, policy_kwargs=dict(features_extractor_class=SmallExtractor, share_features_extractor=True)
+    ).learn(12)
     shared = {id(p) for p in model.actor.features_extractor.parameters()}
     of_critic = {id(p) for group in model.critic.optimizer.param_groups for p in group["params"]}
     of_actor = {id(p) for group in model.actor.optimizer.param_groups for p in group["params"]}
@@ -578,11 +528,11 @@ def test_shared_extractor_learns_from_the_actor_alone() -> None:
     assert not shared & of_critic
 
 
-def test_dict_observations() -> None:
+def test_dict_observations(algorithm: Algorithm) -> None:
     space = spaces.Dict(
         image=spaces.Box(0, 255, (1, 36, 36), np.uint8), vector=spaces.Box(-1, 1, (3,), np.float64), kind=spaces.Discrete(4)
     )
-    model = make_model(RandomEnv(space), policy="MultiInputPolicy", buffer_size=50).learn(16)
+    model = make_model(algorithm, RandomEnv(space), policy="MultiInputPolicy", buffer_size=50).learn(16)
     assert model._n_updates == 6
     observation = space.sample()
     expected, _ = model.predict(observation, deterministic=True)
@@ -600,30 +550,29 @@ def test_dict_observations() -> None:
     ],
     ids=["float64", "uint8", "matrix", "discrete"],
 )
-def test_observation_types(space: spaces.Space) -> None:
-    model = make_model(RandomEnv(space)).learn(30)
+def test_observation_types(algorithm: Algorithm, space: spaces.Space) -> None:
+    model = make_model(algorithm, RandomEnv(space)).learn(30)
     assert model._n_updates == 20
     assert model.predict(space.sample(), deterministic=True)[0].dtype == np.float32
 
 
-def test_learning_rate_schedule_reaches_every_optimizer() -> None:
-    model = make_model(learning_rate=lambda progress: 1e-3 * progress + 1e-5).learn(40)
-    optimizers = [model.actor.optimizer, model.critic.optimizer, model.divergence.optimizer, model.ent_coef_optimizer]
-    rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-    assert rates == pytest.approx([1e-5] * 4)
-    assert len(model._optimizers()) == 4
+def test_learning_rate_schedule_reaches_every_optimizer(algorithm: Algorithm) -> None:
+    model = make_model(algorithm, learning_rate=lambda progress: 1e-3 * progress + 1e-5).learn(40)
+    states = [value for name, value in model.get_parameters().items() if name in OPTIMIZERS[algorithm]]
+    rates = [group["lr"] for state in states for group in state["param_groups"]]
+    assert rates == pytest.approx([1e-5] * len(OPTIMIZERS[algorithm]))
 
 
-def test_learn_twice_continues() -> None:
-    model = make_model().learn(30)
+def test_learn_twice_continues(algorithm: Algorithm) -> None:
+    model = make_model(algorithm).learn(30)
     model.learn(25, reset_num_timesteps=False)
     assert (model.num_timesteps, model._n_updates) == (55, 45)
     model.learn(20)
     assert model.num_timesteps == 20
 
 
-def test_training_and_evaluation_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_model(policy_kwargs=dict(features_extractor_class=SmallExtractor))
+def test_training_and_evaluation_mode(algorithm: Algorithm, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(algorithm, policy_kwargs=dict(features_extractor_class=SmallExtractor))
     modes = []
     monkeypatch.setattr(
         model.critic.features_extractor, "forward", lambda x: modes.append(model.critic.training) or x.new_zeros(len(x), 5)
@@ -649,7 +598,7 @@ def test_training_and_evaluation_mode(monkeypatch: pytest.MonkeyPatch) -> None:
 # Callbacks, logging, evaluation
 
 
-def test_callbacks(tmp_path: Path) -> None:
+def test_callbacks(algorithm: Algorithm, tmp_path: Path) -> None:
     evaluation = EvalCallback(
         Monitor(RandomEnv()),
         eval_freq=20,
@@ -659,113 +608,120 @@ def test_callbacks(tmp_path: Path) -> None:
         verbose=0,
     )
     checkpoints = CheckpointCallback(save_freq=20, save_path=str(tmp_path), save_replay_buffer=True)
-    make_model().learn(40, callback=CallbackList([evaluation, checkpoints]))
+    make_model(algorithm).learn(40, callback=CallbackList([evaluation, checkpoints]))
     for name in ("best_model.zip", "evaluations.npz", "rl_model_20_steps.zip", "rl_model_replay_buffer_40_steps.pkl"):
         assert (tmp_path / name).exists()
-    MFPO.load(tmp_path / "best_model").predict(np.zeros(3, np.float32), deterministic=True)
+    algorithm.load(tmp_path / "best_model").predict(np.zeros(3, np.float32), deterministic=True)
 
 
-def test_training_stops_early() -> None:
-    model = make_model().learn(1000, callback=StopTrainingOnMaxEpisodes(3))
+def test_training_stops_early(algorithm: Algorithm) -> None:
+    model = make_model(algorithm).learn(1000, callback=StopTrainingOnMaxEpisodes(3))
     assert model.num_timesteps == 21
     stop = EvalCallback(
         Monitor(RandomEnv()), eval_freq=10, callback_on_new_best=StopTrainingOnRewardThreshold(-1e9), verbose=0, warn=False
     )
-    assert make_model().learn(1000, callback=stop).num_timesteps == 10
+    assert make_model(algorithm).learn(1000, callback=stop).num_timesteps == 10
 
 
-def test_progress_bar() -> None:
-    make_model().learn(20, progress_bar=True)
+def test_progress_bar(algorithm: Algorithm) -> None:
+    make_model(algorithm).learn(20, progress_bar=True)
 
 
-def test_tensorboard(tmp_path: Path) -> None:
-    make_model(tensorboard_log=str(tmp_path)).learn(40, log_interval=1)
-    events = EventAccumulator(str(tmp_path / "MFPO_1")).Reload()
+def test_tensorboard(algorithm: Algorithm, tmp_path: Path) -> None:
+    make_model(algorithm, tensorboard_log=str(tmp_path)).learn(40, log_interval=1)
+    events = EventAccumulator(str(tmp_path / f"{algorithm.__name__}_1")).Reload()
     logged = {tag.removeprefix("train/") for tag in events.Tags()["scalars"] if tag.startswith("train/")}
-    assert logged == METRICS - {"n_updates"}
+    assert logged == METRICS[algorithm] - {"n_updates"}
 
 
 @pytest.mark.parametrize("n_envs, gradient_steps, expected", [(1, 1, 1.0), (3, -1, 1.0), (3, 6, 2.0), (1, 2, 2.0)])
-def test_logged_quantities(n_envs: int, gradient_steps: int, expected: float) -> None:
-    model = make_model(DummyVecEnv([RandomEnv] * n_envs), gradient_steps=gradient_steps)
+def test_logged_quantities(algorithm: Algorithm, n_envs: int, gradient_steps: int, expected: float) -> None:
+    model = make_model(algorithm, DummyVecEnv([RandomEnv] * n_envs), gradient_steps=gradient_steps)
     model.set_logger(configure(None, []))
     model.learn(30, log_interval=None)
     logged = {name.removeprefix("train/"): value for name, value in model.logger.name_to_value.items() if "train/" in name}
-    assert set(logged) == METRICS
+    assert set(logged) == METRICS[algorithm]
     assert all(np.isfinite(value) for value in logged.values())
     assert logged["updates_per_step"] == expected
-    assert 1 <= logged["ess_policy"] <= 3
-    assert 1 <= logged["ess_gaussian"] <= 4
-    assert 0 <= logged["policy_proposal_weight"] <= 1
+    assert 1 <= logged["ess_gaussian"] <= (4 if algorithm is MFPO else 5)
+    if algorithm is MFPO:
+        assert 1 <= logged["ess_policy"] <= 3
+        assert 0 <= logged["policy_proposal_weight"] <= 1
     assert 0 <= logged["clipped_target_mass"] <= 1
 
 
-def test_evaluate_policy() -> None:
-    returns, lengths = evaluate_policy(make_model(), Monitor(RandomEnv()), n_eval_episodes=3, return_episode_rewards=True)
+def test_evaluate_policy(algorithm: Algorithm) -> None:
+    returns, lengths = evaluate_policy(
+        make_model(algorithm), Monitor(RandomEnv()), n_eval_episodes=3, return_episode_rewards=True
+    )
     assert lengths == [7, 7, 7]
     assert np.isfinite(returns).all()
 
 
-# The paper's ablations, by arguments alone
+# Variants, by arguments alone
 
 
-@pytest.mark.parametrize(
-    "kwargs",
-    [
+SHARED_VARIANTS: list[dict[str, Any]] = [
+    dict(policy_kwargs=dict(critic_type="scalar")),
+    dict(policy_kwargs=dict(critic_type="scalar"), critic_reduction="mean"),
+    dict(critic_reduction="mean"),
+    dict(policy_kwargs=dict(n_action_candidates=1)),
+    dict(policy_kwargs=dict(sampling_steps=5)),
+    dict(equal_time_share=0.0),
+    dict(equal_time_share=1.0),
+    dict(policy_kwargs=dict(n_critics=1)),
+    dict(policy_kwargs=dict(n_critics=4)),
+    dict(policy_kwargs=dict(layer_norm=False)),
+]
+VARIANTS: dict[Algorithm, list[dict[str, Any]]] = {
+    MFPO: [
         dict(policy_kwargs=dict(actor_type="flow_matching")),
         dict(policy_kwargs=dict(divergence_type="flow_matching")),
         dict(policy_kwargs=dict(divergence_type="exact")),
         dict(n_policy_samples=0, n_gaussian_samples=5),
         dict(n_policy_samples=5, n_gaussian_samples=0),
         dict(ent_coef=0.3),
-        dict(policy_kwargs=dict(critic_type="scalar")),
-        dict(policy_kwargs=dict(critic_type="scalar"), critic_reduction="mean"),
-        dict(critic_reduction="mean"),
-        dict(policy_kwargs=dict(n_action_candidates=1)),
-        dict(policy_kwargs=dict(sampling_steps=5)),
         dict(n_probes=4),
-        dict(equal_time_share=0.0),
-        dict(equal_time_share=1.0),
-        dict(policy_kwargs=dict(n_critics=1)),
-        dict(policy_kwargs=dict(n_critics=4)),
-        dict(policy_kwargs=dict(layer_norm=False)),
     ],
-    ids=str,
+    SOM: [
+        dict(path="vp"),
+        dict(score_estimator="gradient"),
+        dict(score_norm=3.0),
+        dict(adaptive_loss=True),
+        dict(time_distribution="logit_normal"),
+        dict(normalize_q=False),
+        dict(inverse_temperature=100.0),
+        dict(n_samples=1),
+        dict(path="vp", score_estimator="gradient", score_norm=5.0, adaptive_loss=True),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "algorithm, kwargs",
+    [(algorithm, kwargs) for algorithm, own in VARIANTS.items() for kwargs in own + SHARED_VARIANTS],
+    ids=lambda value: value.__name__ if isinstance(value, type) else str(value),
 )
-def test_ablations_train_save_and_load(tmp_path: Path, kwargs: dict[str, Any]) -> None:
-    model = make_model(seed=0, **kwargs).learn(30)
+def test_variants_train_save_and_load(algorithm: Algorithm, tmp_path: Path, kwargs: dict[str, Any]) -> None:
+    model = make_model(algorithm, seed=0, **kwargs).learn(30)
     assert all(th.isfinite(p).all() for p in model.policy.parameters())
     model.save(tmp_path / "model")
-    loaded = MFPO.load(tmp_path / "model", device="cpu")
+    loaded = algorithm.load(tmp_path / "model", device="cpu")
+    assert all(getattr(loaded, name) == value for name, value in kwargs.items() if name != "policy_kwargs")
     observations = observations_for(model)
     expected, _ = model.predict(observations, deterministic=True)
     assert np.array_equal(loaded.predict(observations, deterministic=True)[0], expected)
     assert_equal(state_of(model), state_of(loaded))
 
 
-def test_flow_matching_ignores_the_interval() -> None:
-    model = make_model(policy_kwargs=dict(actor_type="flow_matching"))
-    features, actions, t = th.randn(4, 3), th.randn(4, 2), th.rand(4, 1)
-    assert th.equal(model.actor(features, actions, t, t), model.actor(features, actions, t, 0 * t))
-    draws = model._draw(8)
-    assert (draws.actor.t == draws.actor.r).all()
-    assert (draws.divergence.t[6:] > draws.divergence.r[6:]).all()
-
-
-def test_without_divergence_network_nothing_of_it_is_trained() -> None:
-    model = make_model(policy_kwargs=dict(divergence_type="exact"))
-    assert not list(model.divergence.parameters())
-    assert "divergence.optimizer" not in model.get_parameters()
-    # d = 2: the exact trace by automatic differentiation of the velocity itself
-    features, point, t = th.randn(1, 3), th.randn(1, 2), th.full((1, 1), 0.6)
-    jacobian = th.autograd.functional.jacobian(lambda a: model.actor(features, a, t, th.zeros_like(t))[0], point)[:, 0]
-    assert th.allclose(model.divergence(features, point, t, t).squeeze(), jacobian.trace(), atol=1e-5)
-
-
-def test_scalar_critic_regresses_on_the_soft_value() -> None:
+def test_scalar_critic_regresses_on_the_soft_value(algorithm: Algorithm) -> None:
     """One terminal transition, many steps: both critics learn its reward."""
     model = make_model(
-        RandomEnv(episode_length=1, terminates=True), policy_kwargs=dict(critic_type="scalar"), learning_rate=1e-2, seed=0
+        algorithm,
+        RandomEnv(episode_length=1, terminates=True),
+        policy_kwargs=dict(critic_type="scalar"),
+        learning_rate=1e-2,
+        seed=0,
     )
     model.learn(10)
     batch = model.replay_buffer.sample(8)
@@ -775,14 +731,14 @@ def test_scalar_critic_regresses_on_the_soft_value() -> None:
     assert th.allclose(predicted, batch.rewards.expand(8, 2), atol=0.1)
 
 
-def test_flatten_extractor_is_the_default() -> None:
-    assert isinstance(make_model().actor.features_extractor, FlattenExtractor)
+def test_flatten_extractor_is_the_default(algorithm: Algorithm) -> None:
+    assert isinstance(make_model(algorithm).actor.features_extractor, FlattenExtractor)
 
 
-def test_gym_id_string() -> None:
+def test_gym_id_string(algorithm: Algorithm) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = MFPO(
+        model = algorithm(
             "MlpPolicy",
             "Pendulum-v1",
             buffer_size=100,

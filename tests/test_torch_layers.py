@@ -11,7 +11,7 @@ from torch.nn.utils import prune
 
 from sb3_mfpo.common import torch_layers
 from sb3_mfpo.common.torch_layers import FlowMLP, MultiInputMLP, TanhGELU, call, fourier_features, in_chunks
-from tests.helpers import make_model
+from tests.helpers import Algorithm, make_model
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -185,16 +185,17 @@ def test_what_is_remembered_of_the_times_follows_the_weights(
     assert network.remembered_time_shares(times).requires_grad
 
 
-def test_remembered_times_act_like_new_ones() -> None:
+def test_remembered_times_act_like_new_ones(algorithm: Algorithm) -> None:
     """On a trained model, before and after training goes on, in a copy, and with other sampling steps."""
-    model = make_model().learn(30)
+    model = make_model(algorithm).learn(30)
     observation = th.zeros(4, 3)
 
     def check(policy) -> None:
         noise = th.randn(4, 2)
         features = policy.actor.encode(observation)
         with th.no_grad():
-            assert th.allclose(policy.act(features, noise), policy.sample(features, noise)[0], atol=1e-6)
+            time_shares = policy.actor.network.time_shares(policy.sampling_times)
+            assert th.allclose(policy.act(features, noise), policy.act(features, noise, time_shares), atol=1e-6)
 
     check(model.policy)
     check(model.policy)
@@ -202,7 +203,7 @@ def test_remembered_times_act_like_new_ones() -> None:
     check(model.policy)
     model.policy.sampling_steps = 5
     check(model.policy)
-    model.policy.load_state_dict(make_model(seed=3).policy.state_dict())
+    model.policy.load_state_dict(make_model(algorithm, seed=3).policy.state_dict())
     check(model.policy)
 
 

@@ -308,7 +308,7 @@ def test_the_model_card_of_the_hub(tmp_path: Path) -> None:
 
 
 def test_models_that_only_act_have_no_memory(tmp_path: Path) -> None:
-    make_model().learn(20).save(tmp_path / "model")
+    make_model(MFPO).learn(20).save(tmp_path / "model")
     register(playing=True)
     try:
         model = utils.ALGOS["mfpo"].load(tmp_path / "model")

@@ -115,6 +115,6 @@ def spread(values: th.Tensor) -> th.Tensor:
     policy is independent).
 
     :param values: Any shape
-    :return: A scalar above zero, tiny when all values are equal
+    :return: A scalar above zero, tiny (rounding) when all values are equal
     """
     return values.std(correction=0).clamp_min(th.finfo(values.dtype).tiny)

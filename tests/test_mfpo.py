@@ -1,0 +1,104 @@
+"""What MFPO has beyond the other algorithms: log-probabilities, a divergence network, a temperature."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch as th
+from torch import nn
+
+from sb3_mfpo import MFPO
+from sb3_mfpo.common.mean_flow import few_step_sample
+from tests.helpers import RandomEnv, make_model
+
+
+def test_paper_defaults() -> None:
+    model = MFPO("MlpPolicy", RandomEnv(), buffer_size=10, device="cpu")
+    assert model.target_entropy == -0.5 * 2
+    assert make_model(MFPO, target_entropy="auto_0.3").target_entropy == pytest.approx(-0.3 * 2)
+    assert make_model(MFPO, target_entropy=0.7).target_entropy == 0.7
+    assert model._temperature().item() == pytest.approx(0.01)
+    assert (model.n_policy_samples, model.n_gaussian_samples, model.n_probes) == (16, 32, 2)
+    assert (model.equal_time_share, model.time_mean, model.time_std) == (0.75, -0.4, 1.0)
+    assert (model.critic_reduction, model.policy_delay, model.target_update_interval) == ("min", 1, 1)
+    policy = model.policy
+    assert (policy.sampling_steps, policy.n_action_candidates, len(policy.critic.q_networks)) == (2, 10, 2)
+    assert th.equal(policy.critic.atoms, th.linspace(-1600, 1600, 101))
+    assert policy.net_arch == [256, 256, 256]
+    # [action, state, time] and [state, action], three hidden layers
+    assert policy.actor.network.mlp.input_layer.weight.shape == (256, 2 + 3 + 64)
+    assert [m.out_features for m in policy.critic.q_networks[0].body if isinstance(m, nn.Linear)] == [256, 256, 101]
+
+
+def test_log_probabilities_are_public() -> None:
+    model = make_model(MFPO)
+    obs, _ = model.policy.obs_to_tensor(th.randn(5, 3).numpy())
+    noise = th.randn(5, 2)
+    actions, log_prob = model.policy.action_log_prob(obs)
+    assert actions.shape == (5, 2) and log_prob.shape == (5,)
+    assert actions.abs().max() <= 1
+    assert th.equal(model.policy(obs, deterministic=True), model.policy._predict(obs, deterministic=True))
+    first, second = model.policy.action_log_prob(obs, noise), model.policy.action_log_prob(obs, noise)
+    assert th.equal(first[0], second[0]) and th.equal(first[1], second[1])
+
+
+def test_log_probability_integrates_to_one_with_exact_divergence() -> None:
+    """
+    A fine solve with the exact divergence is a normalised density: E_pi[q / pi] = 1 for any density q, here N(0, 0.5^2)
+    on the actions before the clip.
+    """
+    model = make_model(
+        MFPO, policy_kwargs=dict(divergence_type="exact", actor_type="flow_matching", sampling_steps=50), seed=0
+    )
+    policy = model.policy
+    n = 20_000
+    noise = th.randn(n, 2, generator=th.Generator().manual_seed(0))
+    features = policy.actor.encode(th.zeros(1, 3))
+    with th.no_grad():
+        velocity, divergence = (
+            network.on_grid(features, shares)
+            for network, shares in zip((policy.actor.network, policy.divergence), policy.time_shares(), strict=True)
+        )
+        actions, log_prob = few_step_sample(velocity, noise, policy.sampling_times, divergence)
+    reference = th.distributions.Normal(0.0, 0.5).log_prob(actions).sum(-1)
+    ratio = (reference - log_prob).exp()
+    assert abs(ratio.mean().item() - 1) < 4 * (ratio.std() / n**0.5).item() + 0.01
+
+
+def test_flow_matching_ignores_the_interval() -> None:
+    model = make_model(MFPO, policy_kwargs=dict(actor_type="flow_matching"))
+    features, actions, t = th.randn(4, 3), th.randn(4, 2), th.rand(4, 1)
+    assert th.equal(model.actor(features, actions, t, t), model.actor(features, actions, t, 0 * t))
+    draws = model._draw(8)
+    assert (draws.actor.t == draws.actor.r).all()
+    assert (draws.divergence.t[6:] > draws.divergence.r[6:]).all()
+
+
+def test_without_divergence_network_nothing_of_it_is_trained() -> None:
+    model = make_model(MFPO, policy_kwargs=dict(divergence_type="exact"))
+    assert not list(model.divergence.parameters())
+    assert "divergence.optimizer" not in model.get_parameters()
+    # d = 2: the exact trace by automatic differentiation of the velocity itself
+    features, point, t = th.randn(1, 3), th.randn(1, 2), th.full((1, 1), 0.6)
+    jacobian = th.autograd.functional.jacobian(lambda a: model.actor(features, a, t, th.zeros_like(t))[0], point)[:, 0]
+    assert th.allclose(model.divergence(features, point, t, t).squeeze(), jacobian.trace(), atol=1e-5)
+
+
+def test_temperature_is_saved_learned_or_fixed() -> None:
+    for ent_coef, name in (("auto_0.01", "log_ent_coef"), (0.1, "ent_coef_tensor")):
+        assert make_model(MFPO, ent_coef=ent_coef)._get_torch_save_params()[1] == [name]
+
+
+@pytest.mark.parametrize("divergence_type", ["mean_flow", "exact"])
+def test_a_copy_follows_its_own_actor(divergence_type: str) -> None:
+    model = make_model(MFPO, policy_kwargs=dict(divergence_type=divergence_type))
+    twin = copy.deepcopy(model)
+    obs, noise = th.randn(5, 3), th.randn(5, 2)
+    _, before = model.policy.action_log_prob(obs, noise)
+    for parameter in twin.actor.parameters():
+        parameter.data.mul_(2)
+    assert th.equal(model.policy.action_log_prob(obs, noise)[1], before)
+    features, point, t = th.randn(1, 3), th.randn(1, 2), th.full((1, 1), 0.5)
+    changed = not th.equal(model.divergence(features, point, t, t), twin.divergence(features, point, t, t))
+    assert changed == (divergence_type == "exact")

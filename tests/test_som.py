@@ -1,0 +1,189 @@
+"""What SOM has beyond the other algorithms: one step, values in units of their spread, the recipe's switches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+
+from sb3_mfpo import SOM
+from sb3_mfpo.common import importance, mean_flow
+from sb3_mfpo.som.som import PATHS
+from tests.helpers import RandomEnv, make_model
+
+
+def test_defaults() -> None:
+    """The verified form: linear path, posterior mean, plain loss, scores as they are, one step."""
+    model = SOM("MlpPolicy", RandomEnv(), buffer_size=10, device="cpu")
+    assert (model.path, model.score_estimator, model.score_norm, model.adaptive_loss) == (
+        "linear",
+        "posterior_mean",
+        None,
+        False,
+    )
+    assert (model.time_distribution, model.equal_time_share, model.normalize_q) == ("uniform", 0.25, True)
+    assert (model.critic_reduction, model.policy_delay, model.target_update_interval) == ("min", 1, 1)
+    assert (model.policy.sampling_steps, model.policy.n_action_candidates) == (1, 10)
+
+
+@pytest.mark.parametrize("deterministic, rows", [(False, 1), (True, 10)])
+def test_an_action_takes_one_evaluation(deterministic: bool, rows: int) -> None:
+    """Of the actor: one row for a sample, one batch for the best of ten. The critics see the candidates in one batch too."""
+    model = make_model(SOM).learn(12)
+    batches: dict[str, list[int]] = {"actor": [], "critic": []}
+    for name, network in (("actor", model.actor.network.mlp), ("critic", model.critic_target.q_networks[0])):
+        network.body.register_forward_hook(lambda module, inputs, output, name=name: batches[name].append(len(output)))
+    model.predict(model.observation_space.sample(), deterministic=deterministic)
+    assert batches == {"actor": [rows], "critic": [rows] if deterministic else []}
+
+
+def test_one_step_is_noise_minus_velocity() -> None:
+    model = make_model(SOM)
+    features, noise = th.randn(5, 3), 0.1 * th.randn(5, 2)
+    one = th.ones(5, 1)
+    with th.no_grad():
+        expected = (noise - model.actor(features, noise, one, one)).clamp(-1, 1)
+        assert th.allclose(model.policy.act(features, noise), expected, atol=1e-6)
+
+
+def boltzmann_score(model: SOM, scale: float = 1.0, shift: float = 0.0, seed: int = 0) -> th.Tensor:
+    """At some points, with the critics' values scaled and shifted."""
+    th.manual_seed(seed)
+    draws = model._draw(16)
+    signal, sigma = PATHS[model.path][0](draws.flow.t)
+    values = type(model.critic).q_values
+    model.critic.q_values = lambda *args: scale * values(model.critic, *args) + shift  # type: ignore[method-assign]
+    result, _ = model._boltzmann_score(th.randn(16, 3), draws.flow.noise, signal, sigma, draws.proposals)
+    return result
+
+
+@pytest.mark.parametrize("score_estimator", ["posterior_mean", "gradient"])
+def test_the_scale_of_rewards_does_not_matter(score_estimator: str) -> None:
+    model = make_model(SOM, score_estimator=score_estimator, inverse_temperature=3.0, n_samples=20, seed=0)
+    expected = boltzmann_score(model)
+    assert expected.abs().max() > 0.1
+    for scale, shift in ((1000.0, 0.0), (1e-3, 0.0), (1.0, 50.0)):
+        # Rounding of the shifted values
+        assert th.allclose(boltzmann_score(model, scale, shift), expected, rtol=1e-3, atol=1e-3)
+    model.inverse_temperature = 6.0
+    assert not th.allclose(boltzmann_score(model), expected, rtol=1e-2)
+
+
+@pytest.mark.parametrize("score_estimator", ["posterior_mean", "gradient"])
+def test_without_normalisation_only_the_product_with_the_temperature_matters(score_estimator: str) -> None:
+    model = make_model(SOM, score_estimator=score_estimator, normalize_q=False, inverse_temperature=4.0, seed=0)
+    expected = boltzmann_score(model)
+    model.inverse_temperature = 1.0
+    assert th.allclose(boltzmann_score(model, scale=4.0), expected, rtol=1e-3, atol=1e-4)
+    assert not th.allclose(boltzmann_score(model), expected, rtol=1e-2)
+
+
+@pytest.mark.parametrize("score_estimator", ["posterior_mean", "gradient"])
+def test_equal_values_give_the_score_of_the_box(score_estimator: str) -> None:
+    """No division by a spread of zero: all actions weigh the same. Gradients do not see the box."""
+    model = make_model(SOM, score_estimator=score_estimator, inverse_temperature=1e6)
+    # A value of 0 everywhere: no rounding, no gradient
+    result = boltzmann_score(model, scale=0.0)
+    assert th.isfinite(result).all()
+    assert (result.abs().max() == 0) == (score_estimator == "gradient")
+
+
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    dict(path="vp"),
+    dict(score_norm=2.0),
+    dict(adaptive_loss=True),
+    dict(time_distribution="logit_normal", equal_time_share=0.75),
+    dict(score_estimator="gradient"),
+    dict(path="vp", score_estimator="gradient", score_norm=2.0, adaptive_loss=True),
+]
+
+
+@pytest.mark.parametrize("kwargs", VARIANTS, ids=str)
+def test_the_loss_is_that_of_the_equations(kwargs: dict[str, Any]) -> None:
+    """Written straight from them: no shared shares, derivatives by ``th.func.jvp``, estimates sample by sample."""
+    model = make_model(SOM, seed=0, inverse_temperature=2.0, **kwargs)
+    observations = th.randn(8, 3)
+    th.manual_seed(1)
+    draws = model._draw(8)
+    with th.no_grad():
+        time_shares = model.actor.network.time_shares(model.policy.sampling_times)
+    loss, _ = model._actor_loss(observations, draws, time_shares)
+
+    t, r, noise = draws.flow
+    path, velocity_of = PATHS[model.path]
+    signal, sigma = path(t)
+    one = th.ones(8, 1)
+    actions = (draws.policy_noise - model.actor(observations, draws.policy_noise, one, one)).clamp(-1, 1).detach()
+    noisy = signal * actions + sigma * noise
+    if model.score_estimator == "gradient":
+        proposals = (noisy[:, None] - sigma[:, None] * draws.proposals) / signal[:, None]
+    else:
+        proposals = importance.gaussian_proposal(noisy, signal, sigma, draws.proposals)
+    proposals.requires_grad_()
+    columns = [th.cat(model.critic(observations, proposals[:, k]), dim=1).min(dim=1).values for k in range(5)]
+    log_p = 2.0 * th.stack(columns, dim=1)
+    log_p = log_p / (log_p.detach().std(correction=0) / 2.0)
+    weights = log_p.softmax(dim=1).detach()[..., None]
+    if model.score_estimator == "gradient":
+        scores = (weights * th.autograd.grad(log_p.sum(), proposals)[0]).sum(1) / signal
+    else:
+        scores = (signal * (weights * proposals).sum(1) - noisy) / sigma**2
+    if model.score_norm is not None:
+        scores = 2.0 * scores / scores.norm(dim=1, keepdim=True)
+    velocity = velocity_of(noisy, scores, t).detach()
+
+    def average(noisy: th.Tensor, t: th.Tensor) -> th.Tensor:
+        return model.actor(observations, noisy, t, t - r)
+
+    output, derivative = th.func.jvp(average, (noisy, t), (velocity, one))
+    errors = output - (velocity - (t - r) * derivative).detach()
+    squared = errors.square()
+    if model.adaptive_loss:
+        squared = squared / (squared.detach().sum(1, keepdim=True) + 1e-3)
+    assert loss.item() == pytest.approx(squared.mean().item(), rel=1e-3)
+    # The gradient is that of the regression
+    expected = th.autograd.grad(squared.mean(), list(model.actor.network.mlp.parameters()))
+    actual = th.autograd.grad(loss, list(model.actor.network.mlp.parameters()))
+    for one_gradient, other in zip(actual, expected, strict=True):
+        assert th.allclose(one_gradient, other, rtol=1e-2, atol=1e-4 * other.abs().max().item())
+
+
+def test_the_backup_has_no_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Next actions are samples of the policy as it is, and their values stand alone."""
+    model = make_model(SOM, seed=0).learn(12)
+    calls = []
+    bellman_target = model.critic_target.bellman_target
+    monkeypatch.setattr(model.critic_target, "bellman_target", lambda *args: calls.append(args) or bellman_target(*args))
+    batch = model.replay_buffer.sample(8)
+    draws = model._draw(8)
+    with th.no_grad():
+        expected = model.policy.act(model.actor.encode(batch.next_observations), draws.next_noise)
+    model._update(batch, draws)
+    ((_, next_actions, rewards, discounts, bonus, _),) = calls
+    assert th.allclose(next_actions, expected, atol=1e-6)
+    assert bonus.item() == 0
+    assert th.equal(rewards, batch.rewards)
+    assert th.allclose(discounts, (1 - batch.dones) * model.gamma)
+
+
+def test_uniform_and_logit_normal_times_are_drawn() -> None:
+    model = make_model(SOM, equal_time_share=0.25)
+    t, r, _ = model._draw(4000).flow
+    assert (t[:1000] == r[:1000]).all() and (t[1000:] > r[1000:]).all()
+    assert t.mean().item() == pytest.approx(0.5, abs=0.02)
+    model.time_distribution = "logit_normal"
+    t, r, _ = model._draw(4000).flow
+    expected, _ = mean_flow.sample_times(th.randn(100_000, 2), model.time_mean, model.time_std, 0)
+    assert t.mean().item() == pytest.approx(expected.mean().item(), abs=0.02)
+
+
+def test_changed_settings_take_effect() -> None:
+    """Nothing is fixed at construction: the next gradient step follows."""
+    model = make_model(SOM, seed=0).learn(12)
+    model.n_samples, model.path = 9, "vp"
+    assert model._draw(8).proposals.shape == (8, 9, 2)
+    model.train(1, batch_size=8)
+    assert np.isfinite(model.logger.name_to_value["train/actor_loss"])
