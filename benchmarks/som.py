@@ -78,7 +78,7 @@ def make_model(algorithm: str, task: str, seed: int, setting: str | None = None)
     policy_kwargs = dict(net_arch=NET_ARCH, v_min=low, v_max=high)
     if algorithm == "MFPO":
         ours = dict(ent_coef=settings["ent_coef"], n_policy_samples=8, n_gaussian_samples=8)
-        return MFPO("MlpPolicy", task, **common, **ours, policy_kwargs=policy_kwargs)  # type: ignore[arg-type]
+        return MFPO("MlpPolicy", task, **common, **ours, policy_kwargs=policy_kwargs)
     recipe = STATED if algorithm == "SOM, stated" else {}
     if setting is not None:
         inverse_temperature, n_samples = setting.split(", ")

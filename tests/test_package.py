@@ -27,7 +27,7 @@ ALLOWED = {
     "zoo/search_space": {"optuna"},
     "zoo/registration": {
         *("gymnasium", "rl_zoo3", "huggingface_sb3", "stable_baselines3"),
-        *("sb3_mfpo", "sb3_mfpo.envs", "sb3_mfpo.zoo.search_space"),
+        *("sb3_mfpo", "sb3_mfpo.envs", "sb3_mfpo.zoo"),
     },
     "zoo/doctor": {"torch", "packaging"},
     "zoo/__main__": {
@@ -79,7 +79,7 @@ def test_wheel(tmp_path: Path) -> None:
     packages = {name.split("/")[0] for name in names}
     assert len(packages) == 2 and "sb3_mfpo" in packages and any(name.endswith(".dist-info") for name in packages)
     assert {"sb3_mfpo/py.typed", "sb3_mfpo/mfpo/mfpo.py", "sb3_mfpo/som/som.py", "sb3_mfpo/common/mean_flow.py"} <= set(names)
-    assert "sb3_mfpo/zoo/hyperparams/mfpo.yml" in names
+    assert {"sb3_mfpo/zoo/hyperparams/mfpo.yml", "sb3_mfpo/zoo/hyperparams/som.yml"} <= set(names)
 
     absent = "dm_control", "mujoco", "shimmy", "rl_zoo3", "optuna", "seaborn", "matplotlib", "scipy", "sb3_contrib"
     code = f"""

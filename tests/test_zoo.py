@@ -19,18 +19,16 @@ import rl_zoo3.plots
 import yaml
 from rl_zoo3 import hyperparams_opt, utils
 from rl_zoo3.exp_manager import ExperimentManager
-from torch import nn
 
-from sb3_mfpo import MFPO
+from sb3_mfpo import MFPO, SOM
 from sb3_mfpo.envs import ReadyEntryPoint, register_dm_control
 from sb3_mfpo.zoo.__main__ import COMMANDS
 from sb3_mfpo.zoo.registration import ALGORITHMS, hyperparameter_file, register
-from sb3_mfpo.zoo.search_space import convert_mfpo_params, sample_mfpo_params
 from tests.helpers import make_model
 from tests.test_envs import needs_renderer
 
 TASK = "Reacher-v5"
-HYPERPARAMS = yaml.safe_load(hyperparameter_file("mfpo").read_text())
+HYPERPARAMS = {name: yaml.safe_load(hyperparameter_file(name).read_text()) for name in ALGORITHMS}
 
 
 def start(folder: Path, command: str, **environment: str) -> subprocess.Popen:
@@ -49,11 +47,12 @@ def zoo(folder: Path, command: str, code: int = 0, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two short runs of MFPO and two of SAC, the first of MFPO with everything that can be recorded."""
+    """A folder with two short runs of MFPO, one of SOM and two of SAC, the first with everything that can be recorded."""
     folder = tmp_path_factory.mktemp("runs")
     common = f"--env {TASK} -n 620 --eval-freq 300 --eval-episodes 2 -params learning_starts:600"
     zoo(folder, f"train --algo mfpo --seed 0 --progress -tb tb --track --save-freq 600 --save-replay-buffer {common}")
     zoo(folder, f"train --algo mfpo --seed 1 {common}")
+    zoo(folder, f"train --algo som --seed 0 {common}")
     for seed in (0, 1):
         zoo(folder, f"train --algo sac --seed {seed} {common}")
     return folder
@@ -66,9 +65,9 @@ def test_training_leaves_what_rl_zoo3_leaves(runs: Path) -> None:
     assert "replay_buffer.pkl" in names
     config = yaml.unsafe_load((run / TASK / "config.yml").read_text())
     assert config["learning_starts"] == 600
-    assert config["policy_kwargs"] == HYPERPARAMS[TASK]["policy_kwargs"]
+    assert config["policy_kwargs"] == HYPERPARAMS["mfpo"][TASK]["policy_kwargs"]
     model = MFPO.load(run / f"{TASK}.zip")
-    assert model.num_timesteps == 620 and model.gamma == HYPERPARAMS[TASK]["gamma"]
+    assert model.num_timesteps == 620 and model.gamma == HYPERPARAMS["mfpo"][TASK]["gamma"]
     assert model.policy.v_max == 10
     # TensorBoard and, offline, Weights & Biases, which takes the logs to its own folder
     assert list((runs / "runs").rglob("events.out.tfevents.*"))
@@ -80,7 +79,10 @@ def test_enjoy(runs: Path) -> None:
         output = zoo(runs, f"enjoy --algo mfpo --env {TASK} --exp-id 1 -f logs --no-render -n 100 {model}")
         assert "Mean reward" in output and "2 Episodes" in output
     assert "SAC" not in output
-    zoo(runs, f"enjoy --algo sac --env {TASK} -f logs --no-render -n 50")
+    for other in ("som", "sac"):
+        assert "Mean reward" in zoo(runs, f"enjoy --algo {other} --env {TASK} -f logs --no-render -n 100")
+    model = SOM.load(runs / "logs" / "som" / f"{TASK}_1" / f"{TASK}.zip")
+    assert model.num_timesteps == 620 and model.gamma == HYPERPARAMS["som"][TASK]["gamma"]
 
 
 def test_resume(runs: Path, tmp_path: Path) -> None:
@@ -124,8 +126,8 @@ def test_plots(runs: Path, tmp_path: Path) -> None:
     output = zoo(tmp_path, f"plot-train -a mfpo -e {TASK} -f {logs} -w 2", MPLBACKEND="agg")
     assert "saved figure_1.png" in output and is_png(tmp_path / "figure_1.png")
     (tmp_path / "figure_1.png").unlink()
-    output = zoo(tmp_path, f"all-plots -a mfpo sac -e {TASK} -f {logs} -o results", MPLBACKEND="agg")
-    assert "MFPO" in output and "SAC" in output and is_png(tmp_path / "figure_1.png")
+    output = zoo(tmp_path, f"all-plots -a mfpo som sac -e {TASK} -f {logs} -o results", MPLBACKEND="agg")
+    assert all(name in output for name in ("MFPO", "SOM", "SAC")) and is_png(tmp_path / "figure_1.png")
     zoo(tmp_path, "plot-from-file -i results.pkl -o curves.png --format png", MPLBACKEND="agg")
     assert is_png(tmp_path / "curves.png")
 
@@ -183,7 +185,7 @@ gym.register("Broken-v0", Broken, max_episode_steps=50)
 
 
 def test_a_database_holds_a_study(tmp_path: Path) -> None:
-    search = f"train --algo mfpo --env {TASK} -n 4 -optimize --n-trials 1 --n-evaluations 1 --eval-episodes 1 --no-optim-plots"
+    search = f"train --algo som --env {TASK} -n 4 -optimize --n-trials 1 --n-evaluations 1 --eval-episodes 1 --no-optim-plots"
     zoo(tmp_path, f"{search} --storage sqlite:///study.db --study-name reacher")
     assert len(optuna.load_study(storage=f"sqlite:///{tmp_path}/study.db", study_name="reacher").trials) == 1
 
@@ -289,7 +291,7 @@ def test_registration() -> None:
     register_dm_control()
     register()
     register()
-    assert utils.ALGOS["mfpo"] is MFPO and utils.ALGOS["sac"].__name__ == "SAC"
+    assert utils.ALGOS["mfpo"] is MFPO and utils.ALGOS["som"] is SOM and utils.ALGOS["sac"].__name__ == "SAC"
     assert set(ALGORITHMS) <= set(hyperparams_opt.HYPERPARAMS_SAMPLER) & set(hyperparams_opt.HYPERPARAMS_CONVERTER)
     entry_point = gym.spec("dm_control/dog-run-v0").entry_point
     assert isinstance(entry_point, ReadyEntryPoint) and not isinstance(entry_point.entry_point, ReadyEntryPoint)
@@ -307,23 +309,25 @@ def test_the_model_card_of_the_hub(tmp_path: Path) -> None:
     assert "**MFPO** Agent playing **Reacher-v5**" in text and "-5.00 +/- 1.00" in text
 
 
-def test_models_that_only_act_have_no_memory(tmp_path: Path) -> None:
-    make_model(MFPO).learn(20).save(tmp_path / "model")
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_models_that_only_act_have_no_memory(name: str, tmp_path: Path) -> None:
+    make_model(ALGORITHMS[name]).learn(20).save(tmp_path / "model")
     register(playing=True)
     try:
-        model = utils.ALGOS["mfpo"].load(tmp_path / "model")
+        model = utils.ALGOS[name].load(tmp_path / "model")
         assert model.replay_buffer.buffer_size == 1
-        assert type(model) is MFPO and utils.ALGOS["mfpo"].__name__ == "MFPO"
+        assert type(model) is ALGORITHMS[name] and utils.ALGOS[name].__name__ == name.upper()
     finally:
         register()
 
 
-def entries_with_installed_tasks() -> list[str]:
+def entries_with_installed_tasks(name: str) -> list[str]:
     register_dm_control()
-    return [task for task in HYPERPARAMS if task in gym.registry]
+    return [task for task in HYPERPARAMS[name] if task in gym.registry]
 
 
-def test_the_tasks_are_listed() -> None:
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_tasks_are_listed(name: str) -> None:
     mujoco = ("Hopper", "Walker2d", "HalfCheetah", "Ant", "Humanoid", "InvertedPendulum", "InvertedDoublePendulum")
     wanted = {f"{name}-v5" for name in (*mujoco, "Reacher", "Swimmer")} | {"Pendulum-v1", "default"}
     hard = (
@@ -338,34 +342,45 @@ def test_the_tasks_are_listed() -> None:
     )
     easier = ("cheetah-run", "walker-run", "hopper-hop", "quadruped-run", "acrobot-swingup", "finger-turn_hard", "fish-swim")
     wanted |= {f"dm_control/{name}-v0" for name in (*hard, *easier)}
-    assert wanted <= set(HYPERPARAMS)
-    assert wanted - {"default"} <= set(entries_with_installed_tasks())
-    assert any(task.startswith("h1-") for task in HYPERPARAMS) and any(task.startswith("h1hand-") for task in HYPERPARAMS)
+    assert wanted <= set(HYPERPARAMS[name])
+    assert wanted - {"default"} <= set(entries_with_installed_tasks(name))
+    for robot in ("h1-", "h1hand-"):
+        assert any(task.startswith(robot) for task in HYPERPARAMS[name])
 
 
-@pytest.mark.parametrize("task", [*entries_with_installed_tasks(), "default"])
-def test_every_entry_trains(task: str) -> None:
+@pytest.mark.parametrize(
+    "name, task", [(name, task) for name in ALGORITHMS for task in [*entries_with_installed_tasks(name), "default"]]
+)
+def test_every_entry_trains(name: str, task: str) -> None:
     register()
-    settings = dict(HYPERPARAMS[task])
+    settings = dict(HYPERPARAMS[name][task])
     assert settings.pop("n_timesteps") >= 10_000
     settings = ExperimentManager._preprocess_schedules(settings)
     settings |= dict(policy_kwargs=eval(settings.get("policy_kwargs", "{}")), learning_starts=8, batch_size=4, buffer_size=50)
     env_id = "MountainCarContinuous-v0" if task == "default" else task
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = MFPO(env=gym.make(env_id), seed=0, **settings).learn(10)
+        model = ALGORITHMS[name](env=gym.make(env_id), seed=0, **settings).learn(10)  # type: ignore[call-arg]
     assert model._n_updates == 2
     assert np.isfinite(model.predict(model.observation_space.sample())[0]).all()
 
 
-def test_every_point_of_the_search_space_is_valid() -> None:
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_point_of_the_search_space_is_valid(name: str) -> None:
     """Sampled hyperparameters make a model, and those of a stored trial are the same."""
+    register()
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     for _ in range(20):
         trial = study.ask()
-        settings = sample_mfpo_params(trial, 0, 1, {"using_her_replay_buffer": False, "her_kwargs": {}})
-        assert convert_mfpo_params(trial.params) == settings
-        model = MFPO("MlpPolicy", "Pendulum-v1", buffer_size=10, **settings)
-        assert model.target_entropy == pytest.approx(-trial.params["rho"])
+        extra = {"using_her_replay_buffer": False, "her_kwargs": {}}
+        settings = hyperparams_opt.HYPERPARAMS_SAMPLER[name](trial, 0, 1, extra)
+        assert hyperparams_opt.HYPERPARAMS_CONVERTER[name](trial.params) == settings
+        model = ALGORITHMS[name]("MlpPolicy", "Pendulum-v1", buffer_size=10, **settings)  # type: ignore[call-arg]
+        assert model.gamma == 1 - trial.params["one_minus_gamma"]
         assert model.policy.v_max == -model.policy.v_min == trial.params["value_range"]
-        assert isinstance(model.actor, nn.Module)
+        if isinstance(model, MFPO):
+            assert model.target_entropy == pytest.approx(-trial.params["rho"])
+            assert model.policy.sampling_steps == trial.params["sampling_steps"]
+        else:
+            assert model.inverse_temperature == trial.params["inverse_temperature"]
+            assert model.n_samples == trial.params["n_samples"]

@@ -17,14 +17,15 @@ from sb3_mfpo.common.torch_layers import MultiInputMLP
 
 class HealthCallback(BaseCallback):
     """
-    Check now and then, on a small batch of the replay buffer, whether MFPO's training is healthy. Nothing is changed, and
-    training draws the same random numbers as without. (The effective sample sizes are logged by the training itself.)
+    Check now and then, on a small batch of the replay buffer, whether the training of MFPO or SOM is healthy. Nothing is
+    changed, and training draws the same random numbers as without. (The effective sample sizes are logged by the training
+    itself.)
 
     Logged under ``health/``:
 
     - ``log_prob_bias``, ``log_prob_error``: mean difference and mean absolute difference, in nats, between the log-probability
       by the divergence network and the exact one, that of a fine Euler solve from the same noise with the trace of the full
-      Jacobian. The temperature is steered by the former: a bias shifts the entropy by as much.
+      Jacobian. The temperature is steered by the former: a bias shifts the entropy by as much. (MFPO alone.)
     - ``actions_at_bounds``: share of action coordinates at a bound
     - ``dead_units_actor``, ``dead_units_critic``: share of hidden units that give the same for the whole batch
     - ``critic_saturation``: probability that the critics put on the two ends of the value range (categorical critics)
@@ -74,14 +75,17 @@ class HealthCallback(BaseCallback):
 
         policy.set_training_mode(False)
         features = policy.actor.encode(observations)
-        actions, log_prob = policy.sample(features, noise)
-        _, exact_log_prob = policy.solve(features, noise, self.solver_steps)
-        difference = log_prob - exact_log_prob
+        actions, result = policy.act(features, noise), {}
+        # SOM has no log-probabilities
+        if hasattr(policy, "divergence"):
+            _, log_prob = policy.sample(features, noise)
+            difference = log_prob - policy.solve(features, noise, self.solver_steps)[1]
+            result["log_prob_bias"] = difference.mean().item()
+            result["log_prob_error"] = difference.abs().mean().item()
+            self._warn_of_bias(result["log_prob_bias"], noise.shape[1])
         critic_features = policy.critic.encode(observations)
         actor_inputs = (noise, features, policy.actor.network.embed(*th.ones(2, 1, device=model.device)))
-        result = {
-            "log_prob_bias": difference.mean().item(),
-            "log_prob_error": difference.abs().mean().item(),
+        result |= {
             "actions_at_bounds": (actions.abs() == 1).float().mean().item(),
             "dead_units_actor": self._dead_units([policy.actor.network.mlp], actor_inputs),
             "dead_units_critic": self._dead_units(policy.critic.q_networks, (critic_features, actions)),
@@ -90,7 +94,6 @@ class HealthCallback(BaseCallback):
             probs = policy.critic.outputs(critic_features, actions).softmax(dim=-1)
             result["critic_saturation"] = (probs[..., 0] + probs[..., -1]).mean().item()
         policy.set_training_mode(training)
-        self._warn_of_bias(result["log_prob_bias"], noise.shape[1])
         return result
 
     def _dead_units(self, networks: Sequence[MultiInputMLP], inputs: tuple[th.Tensor, ...]) -> float:

@@ -31,7 +31,7 @@ COMMANDS = {
 PLAYING = ("enjoy", "record-video", "push-to-hub")
 USAGE = f"""usage: python -m sb3_mfpo.zoo <command> [arguments]
 
-rl_zoo3 (https://rl-baselines3-zoo.readthedocs.io) with --algo mfpo. Commands:
+rl_zoo3 (https://rl-baselines3-zoo.readthedocs.io) with --algo mfpo and --algo som. Commands:
 
   {", ".join(COMMANDS)}
       as in rl_zoo3; `<command> --help` lists the arguments

@@ -10,11 +10,11 @@ import gymnasium as gym
 from rl_zoo3 import hyperparams_opt, utils
 from stable_baselines3.common.base_class import BaseAlgorithm
 
-from sb3_mfpo import MFPO
+from sb3_mfpo import MFPO, SOM
 from sb3_mfpo.envs import ready_spec
-from sb3_mfpo.zoo.search_space import convert_mfpo_params, sample_mfpo_params
+from sb3_mfpo.zoo import search_space
 
-ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"mfpo": MFPO}
+ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"mfpo": MFPO, "som": SOM}
 
 
 def hyperparameter_file(algorithm: str) -> Path:
@@ -35,9 +35,9 @@ def register(playing: bool = False) -> None:
     """
     for name, algorithm in ALGORITHMS.items():
         utils.ALGOS[name] = _without_memory(algorithm) if playing else algorithm
+        hyperparams_opt.HYPERPARAMS_SAMPLER[name] = getattr(search_space, f"sample_{name}_params")
+        hyperparams_opt.HYPERPARAMS_CONVERTER[name] = getattr(search_space, f"convert_{name}_params")
     _mend_push_to_hub()
-    hyperparams_opt.HYPERPARAMS_SAMPLER["mfpo"] = sample_mfpo_params
-    hyperparams_opt.HYPERPARAMS_CONVERTER["mfpo"] = convert_mfpo_params
     for env_id, spec in gym.registry.items():
         if env_id.startswith("dm_control/"):
             gym.registry[env_id] = ready_spec(spec)

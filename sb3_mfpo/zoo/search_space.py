@@ -19,22 +19,14 @@ def sample_mfpo_params(trial: optuna.Trial, n_actions: int, n_envs: int, additio
     :param additional_args: Settings of hindsight replay, which is not searched
     :return: Keyword arguments of ``MFPO``
     """
-    return convert_mfpo_params(
-        {
-            "learning_rate": trial.suggest_float("learning_rate", 1e-4, 2e-3, log=True),
-            "one_minus_gamma": trial.suggest_float("one_minus_gamma", 0.003, 0.1, log=True),
-            "tau": trial.suggest_float("tau", 0.003, 0.05, log=True),
-            "policy_delay": trial.suggest_int("policy_delay", 1, 2),
-            # Minus the target entropy per action coordinate, in nats
-            "rho": trial.suggest_float("rho", 0.0, 1.0),
-            "n_policy_samples": trial.suggest_categorical("n_policy_samples", [4, 8, 16]),
-            "n_gaussian_samples": trial.suggest_categorical("n_gaussian_samples", [8, 16, 32]),
-            "sampling_steps": trial.suggest_int("sampling_steps", 1, 4),
-            # Half of the value distribution's range, around 0
-            "value_range": trial.suggest_float("value_range", 30, 3000, log=True),
-            "net_arch": trial.suggest_categorical("net_arch", list(NET_ARCHS)),
-        }
-    )
+    own = {
+        # Minus the target entropy per action coordinate, in nats
+        "rho": trial.suggest_float("rho", 0.0, 1.0),
+        "n_policy_samples": trial.suggest_categorical("n_policy_samples", [4, 8, 16]),
+        "n_gaussian_samples": trial.suggest_categorical("n_gaussian_samples", [8, 16, 32]),
+        "sampling_steps": trial.suggest_int("sampling_steps", 1, 4),
+    }
+    return convert_mfpo_params(_sample_shared(trial) | own)
 
 
 def convert_mfpo_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
@@ -44,13 +36,55 @@ def convert_mfpo_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     :param sampled_params: Parameters as Optuna knows them
     :return: Keyword arguments of ``MFPO``
     """
+    params = _convert_shared(sampled_params)
+    params["policy_kwargs"]["sampling_steps"] = params.pop("sampling_steps")
+    params["target_entropy"] = f"auto_{params.pop('rho')!r}"
+    return params
+
+
+def sample_som_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
+    """
+    Draw hyperparameters of SOM.
+
+    :param trial: Optuna's trial
+    :param n_actions: Number of action coordinates, which rl_zoo3 knows only for algorithms with action noise
+    :param n_envs: Number of environments
+    :param additional_args: Settings of hindsight replay, which is not searched
+    :return: Keyword arguments of ``SOM``
+    """
+    own = {
+        "inverse_temperature": trial.suggest_float("inverse_temperature", 1.0, 300.0, log=True),
+        "n_samples": trial.suggest_categorical("n_samples", [8, 16, 32, 64]),
+    }
+    return convert_som_params(_sample_shared(trial) | own)
+
+
+def convert_som_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
+    """
+    Keyword arguments from a trial's parameters, also those of a stored trial.
+
+    :param sampled_params: Parameters as Optuna knows them
+    :return: Keyword arguments of ``SOM``
+    """
+    return _convert_shared(sampled_params)
+
+
+def _sample_shared(trial: optuna.Trial) -> dict[str, Any]:
+    return {
+        "learning_rate": trial.suggest_float("learning_rate", 1e-4, 2e-3, log=True),
+        "one_minus_gamma": trial.suggest_float("one_minus_gamma", 0.003, 0.1, log=True),
+        "tau": trial.suggest_float("tau", 0.003, 0.05, log=True),
+        "policy_delay": trial.suggest_int("policy_delay", 1, 2),
+        # Half of the value distribution's range, around 0
+        "value_range": trial.suggest_float("value_range", 30, 3000, log=True),
+        "net_arch": trial.suggest_categorical("net_arch", list(NET_ARCHS)),
+    }
+
+
+def _convert_shared(sampled_params: dict[str, Any]) -> dict[str, Any]:
     params = dict(sampled_params)
     value_range = params.pop("value_range")
-    policy_kwargs = dict(
-        net_arch=list(NET_ARCHS[params.pop("net_arch")]),
-        sampling_steps=params.pop("sampling_steps"),
-        v_min=-value_range,
-        v_max=value_range,
-    )
-    gamma, target_entropy = 1 - params.pop("one_minus_gamma"), f"auto_{params.pop('rho')!r}"
-    return {**params, "gamma": gamma, "target_entropy": target_entropy, "policy_kwargs": policy_kwargs}
+    net_arch = list(NET_ARCHS[params.pop("net_arch")])
+    params["gamma"] = 1 - params.pop("one_minus_gamma")
+    params["policy_kwargs"] = dict(net_arch=net_arch, v_min=-value_range, v_max=value_range)
+    return params
