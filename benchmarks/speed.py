@@ -1,6 +1,6 @@
 """
-Cost of MFPO against SB3's SAC and TD3 and sb3-contrib's TQC, all with three layers of 256: gradient step, action, whole
-training loop; where a gradient step spends its time, how many operators it has and how much memory it takes.
+Cost of MFPO and SOM against SB3's SAC and TD3 and sb3-contrib's TQC, all with three layers of 256: gradient step, action,
+whole training loop; where MFPO's gradient step spends its time, how many operators it has and how much memory it takes.
 
 All take turns within one process, so that other load on the machine meets them alike; a ratio is the median over the rounds of
 the ratio within a round, with the quartiles as its spread. On a GPU, gradient steps are timed by CUDA events.
@@ -39,7 +39,7 @@ from stable_baselines3 import SAC, TD3
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sb3_mfpo import MFPO
+from sb3_mfpo import MFPO, SOM
 from sb3_mfpo.common import torch_layers
 from sb3_mfpo.common.acceleration import onednn_matmul_is_exact
 
@@ -86,9 +86,11 @@ def make_models(env: Callable[[], gym.Env], width: int, device: str) -> dict[str
         "MFPO": (MFPO, {}),
         "MFPO, compiled": (MFPO, dict(compile_step=True)),
         "MFPO, plain": (PlainMFPO, {}),
+        "SOM": (SOM, {}),
+        "SOM, compiled": (SOM, dict(compile_step=True)),
     }
     if device == "cpu" and onednn_matmul_is_exact():
-        kinds["MFPO, oneDNN"] = (MFPO, dict(onednn_matmul=True))
+        kinds |= {f"{name}, oneDNN": (kinds[name][0], dict(onednn_matmul=True)) for name in ("MFPO", "SOM")}
     common = dict(learning_starts=300, buffer_size=10_000, batch_size=BATCH_SIZE, device=device)
     models = {
         name: algorithm("MlpPolicy", env(), policy_kwargs=dict(net_arch=[width] * 3), **common, **kwargs)  # type: ignore[arg-type]
@@ -140,7 +142,7 @@ def compare(
 
 def gradient_steps(models: dict[str, OffPolicyAlgorithm], rounds: int, device: str) -> Rows:
     functions = {name: partial(model.train, gradient_steps=1, batch_size=BATCH_SIZE) for name, model in models.items()}
-    return compare(functions, rounds, ("SAC", "MFPO, plain"), device)
+    return compare(functions, rounds, ("SAC", "MFPO", "MFPO, plain"), device)
 
 
 def actions(models: dict[str, OffPolicyAlgorithm], rounds: int) -> dict[str, Rows]:
@@ -150,7 +152,7 @@ def actions(models: dict[str, OffPolicyAlgorithm], rounds: int) -> dict[str, Row
         observation = space.sample() if batch == 1 else np.stack([space.sample() for _ in range(batch)])
         functions = {
             f"{name}, {kind}": partial(models[name].predict, observation, deterministic=kind == "deterministic")
-            for name in ("SAC", "TD3", "TQC", "MFPO")
+            for name in ("SAC", "TD3", "TQC", "MFPO", "SOM")
             for kind in ("stochastic", "deterministic")
         }
         results[f"action, batch of {batch}"] = compare(functions, 2 * rounds, ("SAC, stochastic",), "cpu", repeats)
@@ -220,9 +222,9 @@ def path_of_a_gpu() -> Iterator[None]:
 
 
 def operators(models: dict[str, OffPolicyAlgorithm]) -> dict[str, int]:
-    """Operators of one gradient step, MFPO's as on a GPU."""
+    """Operators of one gradient step, MFPO's and SOM's as on a GPU."""
     counts = {}
-    for name in ("SAC", "TD3", "TQC", "MFPO", "MFPO, plain"):
+    for name in ("SAC", "TD3", "TQC", "MFPO", "SOM", "MFPO, plain"):
         with path_of_a_gpu(), CountOperators() as counter:
             models[name].train(gradient_steps=1, batch_size=BATCH_SIZE)
         counts[name] = len(counter.names)

@@ -78,14 +78,14 @@ def test_speed_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     speed.main(["--quick", "--output", str(output)])
     results = json.loads(output.read_text())
     (part,) = results["tasks"].values()
-    algorithms = {"SAC", "TD3", "TQC", "MFPO", "MFPO, compiled", "MFPO, plain"}
+    algorithms = {"SAC", "TD3", "TQC", "MFPO", "MFPO, compiled", "MFPO, plain", "SOM", "SOM, compiled"}
     loop = results["whole loop, HalfCheetah-v5"]
     assert algorithms <= set(part["gradient step"]) == set(loop)
     timings = [part["gradient step"], loop, *(part[f"action, batch of {batch}"] for batch in (1, 16, 256))]
     assert all(row["milliseconds"] > 0 for rows in timings for row in rows.values())
     assert sum(part["profile"].values()) == pytest.approx(1)
     assert set(part["profile"]) == {*speed.PARTS, "rest"}
-    assert 0 < part["operators"]["MFPO"] < part["operators"]["MFPO, plain"]
+    assert 0 < part["operators"]["SOM"] < part["operators"]["MFPO"] < part["operators"]["MFPO, plain"]
     assert part["peak memory in MB"] is None or part["peak memory in MB"] > 0
     assert results["versions"]["torch"] == th.__version__
     assert "HalfCheetah: gradient step" in capsys.readouterr().out
@@ -95,24 +95,30 @@ def test_multimodal_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
     results = load("multimodal").main(ARGUMENTS["multimodal"])
     assert is_png(tmp_path / "out.png")
-    truth = results["true samples, true density"]
-    assert truth["modes"] == 6 and truth["log_prob_error"] == 0 and truth["strays"] < 0.05
+    assert set(results) == {"six modes", "two moons"}
+    for name, n_modes in (("six modes", 6), ("two moons", 2)):
+        truth = results[name]["truth"]
+        assert truth["modes"] == n_modes and truth["log_prob_error"] == 0 and truth["strays"] < 0.05
+        assert len(results[name]) == 7
 
 
-def test_multimodal_policy_finds_all_modes_and_knows_its_density() -> None:
-    """The toy with half the updates and half the width, hence looser bounds on the density than the full one meets."""
-    toy = load("multimodal")
-    model = toy.train(
-        updates=2500,
-        seed=0,
-        learning_rate=1e-3,
-        n_policy_samples=8,
-        n_gaussian_samples=16,
-        device="cpu",
-        policy_kwargs=dict(net_arch=[128, 128, 128]),
-    )
+# The toy with half the updates and half the width
+
+
+def train_reduced(toy: ModuleType, algorithm: str, target: str, **kwargs: Any) -> Any:
+    policy_kwargs = dict(net_arch=[128, 128, 128])
+    common = dict(updates=2500, seed=0, learning_rate=1e-3, device="cpu", policy_kwargs=policy_kwargs)
+    model = toy.train(algorithm, toy.TARGETS[target], **common, **kwargs)
     th.manual_seed(0)
-    two, twenty = (toy.evaluate(*toy.sample_policy(model, 10_000, steps)) for steps in (2, 20))
+    return model
+
+
+def test_mfpo_finds_all_modes_and_knows_its_density() -> None:
+    """The bounds on the density are looser than those that the full toy meets."""
+    toy = load("multimodal")
+    model = train_reduced(toy, "MFPO", "six modes", n_policy_samples=8, n_gaussian_samples=16)
+    target = toy.TARGETS["six modes"]
+    two, twenty = (toy.evaluate(target, *toy.sample_policy(model, 10_000, steps)) for steps in (2, 20))
     print(two, twenty)
     assert two["modes"] == twenty["modes"] == 6
     assert two["sliced_wasserstein"] <= 0.08
@@ -121,3 +127,15 @@ def test_multimodal_policy_finds_all_modes_and_knows_its_density() -> None:
     assert two["log_prob_error"] <= 2.0
     assert twenty["log_prob_error"] <= 1.6
     assert twenty["strays"] <= 0.2
+
+
+@pytest.mark.parametrize("target, modes", [("six modes", 6), ("two moons", 2)])
+def test_som_finds_all_modes_in_one_step(target: str, modes: int) -> None:
+    toy = load("multimodal")
+    model = train_reduced(toy, "SOM", target)
+    one, two = (toy.evaluate(toy.TARGETS[target], *toy.sample_policy(model, 10_000, steps)) for steps in (1, 2))
+    print(one, two)
+    for results in (one, two):
+        assert results["modes"] == modes
+        assert results["sliced_wasserstein"] <= 0.06
+        assert results["strays"] <= 0.15

@@ -123,11 +123,11 @@ def is_png(path: Path) -> bool:
 
 def test_plots(runs: Path, tmp_path: Path) -> None:
     logs = runs / "logs"
-    output = zoo(tmp_path, f"plot-train -a mfpo -e {TASK} -f {logs} -w 2", MPLBACKEND="agg")
+    output = zoo(tmp_path, f"plot-train -a som -e {TASK} -f {logs} -w 2", MPLBACKEND="agg")
     assert "saved figure_1.png" in output and is_png(tmp_path / "figure_1.png")
     (tmp_path / "figure_1.png").unlink()
-    output = zoo(tmp_path, f"all-plots -a mfpo som sac -e {TASK} -f {logs} -o results", MPLBACKEND="agg")
-    assert all(name in output for name in ("MFPO", "SOM", "SAC")) and is_png(tmp_path / "figure_1.png")
+    output = zoo(tmp_path, f"all-plots -a mfpo sac -e {TASK} -f {logs} -o results", MPLBACKEND="agg")
+    assert "MFPO" in output and "SAC" in output and is_png(tmp_path / "figure_1.png")
     zoo(tmp_path, "plot-from-file -i results.pkl -o curves.png --format png", MPLBACKEND="agg")
     assert is_png(tmp_path / "curves.png")
 
