@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import platform
 import time
 from collections.abc import Iterable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ import matplotlib
 import numpy as np
 import optuna
 import pandas as pd
+import seaborn
 import torch as th
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -36,6 +39,7 @@ from stable_baselines3.common.monitor import Monitor
 from sb3_mfpo import MFPO, SOM
 
 matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).parent / "results"
 N_EVALUATIONS = 10
@@ -162,11 +166,80 @@ def table(names: Iterable[str], folder: Path) -> pd.DataFrame:
         for row in trial.user_attrs["rows"]
     ]
     keys = [name for name in rows[0] if name not in ("seconds", "return")]
-    return pd.DataFrame(rows).drop_duplicates(keys).sort_values(keys)
+    return pd.DataFrame(rows).drop_duplicates(keys).sort_values(keys, ignore_index=True)
+
+
+def by_time(run: pd.DataFrame, seconds: float) -> float:
+    """Mean over the time that was given of the latest evaluation's return; before the first one, of that one's."""
+    times, returns = run["seconds"].to_numpy(), run["return"].to_numpy()
+    latest = np.searchsorted(times, np.linspace(0, seconds, 201), side="right") - 1
+    return float(returns[latest.clip(min=0)].mean())
+
+
+def summary(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """
+    Per run: the mean over the evaluations on the way to the last step that all take and over the equal time (both are areas
+    under learning curves), the return at that step in every mode, the return at the end of the time.
+    """
+    runs = []
+    for key, run in rows.groupby([*keys, "seed"]):
+        task = run["task"].iloc[0]
+        curve, steps = run[run["mode"].isin(CURVES)], TASKS[task]["steps"]
+        at_end = run[run["step"] == steps].set_index("mode")["return"]
+        entry = dict(zip([*keys, "seed"], key, strict=True)) | {
+            "mean by steps": curve[curve["step"] <= steps]["return"].mean()
+        }
+        entry |= {
+            mode: at_end.get(mode, np.nan) for mode in (*(f"best of {n}" for n in CANDIDATES), "deterministic", "sample")
+        }
+        entry["seconds"] = run[run["step"] == steps]["seconds"].iloc[0]
+        if "setting" not in keys:
+            entry["mean by time"] = by_time(curve, TIME[task])
+            entry["at the time's end"] = curve[curve["seconds"] <= TIME[task]]["return"].iloc[-1]
+        runs.append(entry)
+    return pd.DataFrame(runs)
+
+
+def draw(rows: pd.DataFrame, path: Path) -> None:
+    """Learning curves by steps and by time, one line per seed."""
+    figure, axes = plt.subplots(2, len(TASKS), figsize=(5 * len(TASKS), 6.4), layout="constrained")
+    for column, (task, settings) in zip(axes.T, TASKS.items(), strict=True):
+        curves = rows[(rows["task"] == task) & rows["mode"].isin(CURVES)]
+        for axis, x, limit in ((column[0], "step", settings["steps"]), (column[1], "seconds", TIME[task])):
+            # The first evaluation that lies beyond shows where a curve goes
+            seaborn.lineplot(
+                curves[curves[x] <= 1.1 * limit],
+                x=x,
+                y="return",
+                hue="algorithm",
+                hue_order=ALGORITHMS,
+                units="seed",
+                estimator=None,
+                lw=1.3,
+                ax=axis,
+            )
+            axis.set(xlim=(0, limit), xlabel={"step": "environment steps", "seconds": "seconds of one core"}[x])
+        if task == "Reacher-v5":
+            for axis in column:
+                axis.set_ylim(-30, -3)
+        column[0].set_title(f"{task}, 3 seeds")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def report(folder: Path) -> None:
-    """Tables and picture."""
+    """Write the evaluations as CSV, draw the comparison, print the tables."""
+    pd.set_option("display.width", 250, "display.max_columns", 30, "display.max_rows", 100)
+    versions = {name: version(name) for name in ("torch", "stable-baselines3", "sb3-mfpo", "gymnasium", "mujoco", "optuna")}
+    print({"python": platform.python_version()} | versions)
+    for name, studies, keys in (("search", ["search"], ["task", "setting"]), ("compare", ALGORITHMS, ["task", "algorithm"])):
+        rows = table(studies, folder)
+        rows.round({"return": 2}).to_csv(RESULTS / f"som_{name}.csv", index=False)
+        runs = summary(rows, keys)
+        print(f"\n{name}: means over the seeds, then every run")
+        print(runs.drop(columns="seed").groupby(keys).mean().round(1).to_string())
+        print(runs.round(1).to_string(index=False))
+    draw(rows, RESULTS.parent.parent / "docs" / "images" / "som.png")
 
 
 def main(arguments: list[str] | None = None) -> None:

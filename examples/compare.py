@@ -1,5 +1,5 @@
 """
-MFPO, SAC and TD3 on one task: the same seeds, steps and evaluations, one picture of their learning curves.
+MFPO, SOM, SAC and TD3 on one task: the same seeds, steps and evaluations, one picture of their learning curves.
 
 Every run is a ``train`` of the zoo with its hyperparameters for the task; runs that are already in the folder are not
 repeated. Bands are 95 % bootstrap intervals of the mean over the seeds.
@@ -62,7 +62,7 @@ def evaluations(options: argparse.Namespace) -> Iterator[pd.DataFrame]:
 def main(arguments: list[str] | None = None) -> pd.DataFrame:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", default="InvertedDoublePendulum-v5", help="Gymnasium id (default: %(default)s)")
-    parser.add_argument("--algos", nargs="+", default=["mfpo", "sac", "td3"], help="algorithms that the zoo knows")
+    parser.add_argument("--algos", nargs="+", default=["mfpo", "som", "sac", "td3"], help="algorithms that the zoo knows")
     parser.add_argument("--steps", type=int, default=10_000, help="environment steps of a run (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each (default: %(default)s)")

@@ -62,14 +62,14 @@ def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
 def test_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.chdir(tmp_path)
     table = load("compare").main(ARGUMENTS["compare"])
-    assert set(table["algorithm"]) == {"MFPO", "SAC", "TD3"} and set(table["seed"]) == {0, 1}
+    assert set(table["algorithm"]) == {"MFPO", "SOM", "SAC", "TD3"} and set(table["seed"]) == {0, 1}
     # 20 evaluations at the same steps, for everybody
     assert (table.groupby(["algorithm", "seed"]).size() == 20).all()
     assert table["environment steps"].nunique() == 20
     assert is_png(tmp_path / "compare" / "comparison.png")
     capsys.readouterr()
     load("compare").main(ARGUMENTS["compare"])
-    assert capsys.readouterr().out.count("done before") == 6
+    assert capsys.readouterr().out.count("done before") == 8
 
 
 def test_speed_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
