@@ -6,6 +6,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch as th
 from gymnasium import spaces
 
 from sb3_mfpo import MFPO, SOM
@@ -65,3 +66,22 @@ def make_model(algorithm: Algorithm, env: Any = None, **kwargs: Any) -> Any:
         **{**SMALL[algorithm], **kwargs},
         policy_kwargs=policy_kwargs,
     )
+
+
+def assert_equal(first: Any, second: Any) -> None:
+    """Nested dictionaries and lists of tensors and arrays, bit for bit."""
+    assert type(first) is type(second)
+    if isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first:
+            assert_equal(first[key], second[key])
+    elif isinstance(first, (list, tuple)):
+        assert len(first) == len(second)
+        for one, other in zip(first, second, strict=True):
+            assert_equal(one, other)
+    elif isinstance(first, th.Tensor):
+        assert th.equal(first, second)
+    elif isinstance(first, np.ndarray):
+        assert np.array_equal(first, second)
+    else:
+        assert first == second

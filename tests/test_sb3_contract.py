@@ -34,7 +34,7 @@ from torch import nn
 
 from sb3_mfpo import MFPO, SOM
 from sb3_mfpo.common.off_policy import FlowAlgorithm
-from tests.helpers import SMALL_POLICY, Algorithm, RandomEnv, make_model
+from tests.helpers import SMALL_POLICY, Algorithm, RandomEnv, assert_equal, make_model
 
 DEVICES = ["cpu", *(["cuda"] if th.cuda.is_available() else [])]
 OPTIMIZERS: dict[Algorithm, set[str]] = {
@@ -53,23 +53,6 @@ METRICS: dict[Algorithm, set[str]] = {
 
 def state_of(model: FlowAlgorithm) -> dict[str, Any]:
     return {name: copy.deepcopy(value) for name, value in model.get_parameters().items()}
-
-
-def assert_equal(first: Any, second: Any) -> None:
-    """Nested dictionaries and lists of tensors, bit for bit."""
-    assert type(first) is type(second)
-    if isinstance(first, dict):
-        assert first.keys() == second.keys()
-        for key in first:
-            assert_equal(first[key], second[key])
-    elif isinstance(first, (list, tuple)):
-        assert len(first) == len(second)
-        for one, other in zip(first, second, strict=True):
-            assert_equal(one, other)
-    elif isinstance(first, th.Tensor):
-        assert th.equal(first, second)
-    else:
-        assert first == second
 
 
 def observations_for(model: FlowAlgorithm, n: int = 6) -> np.ndarray:

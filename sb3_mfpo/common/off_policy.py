@@ -6,7 +6,8 @@ import warnings
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch as th
@@ -16,17 +17,27 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.preprocessing import get_action_dim
-from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, ReplayBufferSamples, RolloutReturn, Schedule, TrainFreq
+from stable_baselines3.common.type_aliases import (
+    GymEnv,
+    MaybeCallback,
+    PyTorchObs,
+    ReplayBufferSamples,
+    RolloutReturn,
+    Schedule,
+    TrainFreq,
+)
 from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
 from stable_baselines3.common.vec_env import VecEnv
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from sb3_mfpo.common import mean_flow
+from sb3_mfpo.common import checkpoint, mean_flow
 from sb3_mfpo.common.acceleration import StepRunner, onednn_matmul, onednn_matmul_is_exact
 from sb3_mfpo.common.buffers import store_as_float32
 from sb3_mfpo.common.checks import check_choice, check_finite, check_integer, check_range
 from sb3_mfpo.common.critics import Critic
 from sb3_mfpo.common.policies import CRITIC_REDUCTIONS, FlowPolicy, MeanFlowActor
+
+SelfFlowAlgorithm = TypeVar("SelfFlowAlgorithm", bound="FlowAlgorithm")
 
 # In the order in which a gradient step looks at them
 LOSSES = ("critic_loss", "actor_loss", "divergence_loss", "ent_coef_loss")
@@ -132,6 +143,11 @@ class FlowAlgorithm(OffPolicyAlgorithm):
         self.onednn_matmul = onednn_matmul
         self._rollout_timesteps = 0
         self._warned_of_clipping = False
+        # Which environments have just begun an episode, after so many steps
+        self._episode_starts = np.ones(1, dtype=bool)
+        self._stored_timesteps = 0
+        # What is left to restore when the training of a resumed run begins
+        self._run_state: dict[str, Any] | None = None
 
     def _check_arguments(self) -> None:
         """
@@ -210,12 +226,58 @@ class FlowAlgorithm(OffPolicyAlgorithm):
         self.critic = self.policy.critic
         self.critic_target = self.policy.critic_target
 
-    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
-        result = super()._setup_learn(*args, **kwargs)
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        state, self._run_state = self._run_state, None
+        if state is not None:
+            # The number of steps is that of the whole run, as in the call that was interrupted
+            total_timesteps, reset_num_timesteps = total_timesteps - self.num_timesteps, False
+        if reset_num_timesteps or self._last_obs is None:
+            self._episode_starts = np.ones(self.n_envs, dtype=bool)
+        result, callback = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        self._stored_timesteps = self.num_timesteps
+        checkpoint.remember_start(callback)
+        if state is not None:
+            checkpoint.restore_run(self, state, callback)
         last_obs = self._last_obs if self._vec_normalize_env is None else self._vec_normalize_env.get_original_obs()
         assert last_obs is not None
         check_finite("observation", last_obs, self.num_timesteps)
-        return result
+        return result, callback
+
+    @classmethod
+    def resume(
+        cls: type[SelfFlowAlgorithm],
+        path: str | Path,
+        env: GymEnv,
+        device: th.device | str = "auto",
+        name_prefix: str = "run",
+        **kwargs: Any,
+    ) -> SelfFlowAlgorithm:
+        """
+        Go on with a run from a checkpoint of :class:`sb3_mfpo.common.checkpoint.RunCheckpointCallback`. The next ``learn``
+        continues it: its ``total_timesteps`` are those of the whole run, so that the call is the same as before.
+
+        :param path: A checkpoint, or the folder of the checkpoints: the newest one that is whole. It is unpickled, which can
+            run code: resume only files that you trust.
+        :param env: The environment to go on with, wrapped as it was
+        :param device: Device on which the code should run
+        :param name_prefix: The checkpoints' common prefix
+        :param kwargs: Arguments to change, see ``load``
+        :return: The model
+        :raises FileNotFoundError: If there is no checkpoint
+        :raises ValueError: If no checkpoint is whole, or the environments do not fit
+        """
+        path, state = checkpoint.read_newest_run(Path(path), name_prefix)
+        model = cls.load(path, env=env, device=device, **kwargs)
+        checkpoint.restore_buffer(model, state)
+        model._run_state = state
+        return model
 
     def collect_rollouts(
         self,
@@ -256,6 +318,7 @@ class FlowAlgorithm(OffPolicyAlgorithm):
                 batch = {key: np.asarray(value)[None] for key, value in last.items()} if isinstance(last, dict) else last[None]
                 check_finite("terminal observation", batch, self.num_timesteps, first_env=i)
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+        self._episode_starts, self._stored_timesteps = dones.astype(bool), self.num_timesteps
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         """
@@ -471,7 +534,7 @@ class FlowAlgorithm(OffPolicyAlgorithm):
         self._runner.forget_graphs()
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "actor", "critic", "critic_target", "_runner"]
+        return [*super()._excluded_save_params(), "actor", "critic", "critic_target", "_runner", "_run_state"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "actor.optimizer", "critic.optimizer"], []
