@@ -29,6 +29,7 @@ from sb3_mfpo import MFPO
 from sb3_mfpo.common import checkpoint
 from sb3_mfpo.common.checkpoint import RunCheckpointCallback, checkpoints, read_run
 from tests.helpers import Algorithm, RandomEnv, assert_equal, make_model
+from tests.test_examples import load
 
 
 class StatefulEnv(RandomEnv):
@@ -185,7 +186,9 @@ def test_the_model_in_it_loads_as_any_other(algorithm: Algorithm, tmp_path: Path
     model = make_model(algorithm, seed=0).learn(30, callback=RunCheckpointCallback(10, tmp_path))
     loaded = algorithm.load(tmp_path / "run_30_steps.zip")
     observation = model.observation_space.sample()
-    assert np.array_equal(loaded.predict(observation, deterministic=True)[0], model.predict(observation, deterministic=True)[0])
+    assert np.array_equal(
+        loaded.predict(observation, deterministic=True)[0], model.predict(observation, deterministic=True)[0]
+    )
     assert loaded.replay_buffer.size() == 0
 
 
@@ -314,6 +317,42 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tmp_path / "run_10_steps.zip").read_bytes() == before
     assert {path.name for path in tmp_path.iterdir()} == {"run_10_steps.zip", "run_25_steps.zip"}
     assert MFPO.resume(tmp_path, StatefulEnv()).num_timesteps == 25
+
+
+def test_killed_at_random_moments(capsys: pytest.CaptureFixture) -> None:
+    """The benchmark's 50 kills, in short: every second one comes while a checkpoint is being written."""
+    results = load("checkpoint", Path(__file__).parent.parent / "benchmarks").main(
+        ["--kills", "6", "--buffer-size", "300000", "--transitions", "1000", "--rounds", "1"]
+    )
+    assert results["kill"]["survived"] == 6 and results["kill"]["while writing"] >= 2
+    assert results["kill"]["checkpoint in MB"] > 40
+
+
+# Weights alone
+
+
+class RunsCode:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("harm",)
+
+
+def test_weights_alone(algorithm: Algorithm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, other = make_model(algorithm, seed=0).learn(20), make_model(algorithm, seed=1)
+    model.policy.n_action_candidates = 4
+    model.policy.save_weights("weights.pt")
+    other.policy.load_weights("weights.pt")
+    observation = model.observation_space.sample()
+    expected, _ = model.predict(observation, deterministic=True)
+    assert np.array_equal(other.predict(observation, deterministic=True)[0], expected)
+    assert other.policy.n_action_candidates == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["weights.pt"]
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        make_model(algorithm, policy_kwargs=dict(net_arch=[9])).policy.load_weights("weights.pt")
+    th.save({"weights": RunsCode()}, "trap.pt")
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        other.policy.load_weights("trap.pt")
+    assert not Path("harm").exists()
 
 
 # Signals

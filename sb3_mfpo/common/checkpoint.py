@@ -7,7 +7,6 @@ replay buffer, random states, normalisation, environments, callbacks. It appears
 
 from __future__ import annotations
 
-import os
 import pickle
 import random
 import re
@@ -15,11 +14,11 @@ import signal
 import threading
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -30,6 +29,7 @@ from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_mfpo.common.checks import check_integer
+from sb3_mfpo.common.files import replacing
 
 # Entries of the zip file. Those that end with ".pth" would be taken for parameters of the model
 STATE, ARRAY = "run/state.pickle", "run/array_{}.bin"
@@ -39,32 +39,6 @@ CHUNK, BLOCK = 2**24, 2**20
 START = "_data_at_start"
 # What a callback may count or collect
 PLAIN = (bool, int, float, str, np.number, np.ndarray, list, tuple, dict, type(None))
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """
-    A new file that takes its name, and the place of an older one, only once it is whole and on the disk.
-
-    :param path: The file's path; its folder exists
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("w+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":
-        # The name, too, has to reach the disk
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def write_run(model: OffPolicyAlgorithm, state: dict[str, Any], path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import nn
 from sb3_mfpo.common.categorical import reduce_values
 from sb3_mfpo.common.checks import check_choice, check_integer, check_range
 from sb3_mfpo.common.critics import CategoricalCritic, Critic, FeaturesModel, ScalarCritic
+from sb3_mfpo.common.files import replacing
 from sb3_mfpo.common.mean_flow import few_step_sample
 from sb3_mfpo.common.torch_layers import FlowMLP, TanhGELU
 
@@ -426,6 +428,26 @@ class FlowPolicy(BasePolicy):
             return candidates[0]
         q_values = self.critic_target.q_values(self.critic_target.encode(observation), candidates)
         return candidates[reduce_values(q_values, self.critic_reduction).argmax()]
+
+    def save_weights(self, path: str | Path) -> None:
+        """
+        Save the weights alone, in a file that holds nothing but tensors and names.
+
+        :param path: The file's path
+        """
+        with replacing(Path(path)) as file:
+            th.save(self.state_dict(), file)
+
+    def load_weights(self, path: str | Path) -> None:
+        """
+        Load weights into a policy of the same architecture. Nothing is unpickled but tensors: a file from elsewhere cannot run
+        code (PyTorch's ``weights_only``).
+
+        :param path: A file from ``save_weights``
+        :raises pickle.UnpicklingError: If the file holds anything else
+        :raises RuntimeError: If the architecture is another one
+        """
+        self.load_state_dict(th.load(path, map_location=self.device, weights_only=True))
 
     def _networks(self) -> list[nn.Module]:
         """
