@@ -27,6 +27,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.noise import NormalActionNoise
+from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecNormalize
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -347,6 +348,15 @@ def test_one_dimensional_and_asymmetric_actions(algorithm: Algorithm, low: list[
     for deterministic in (True, False):
         action, _ = model.predict(model.observation_space.sample(), deterministic=deterministic)
         assert action_space.contains(action)
+
+
+def test_rounding_does_not_leave_the_bounds(algorithm: Algorithm) -> None:
+    """Here SB3's formula gives the number after the upper bound."""
+    action_space = spaces.Box(np.float32(-1.5727084), np.float32(0.4272916), (1,), np.float32)
+    policy = make_model(algorithm, RandomEnv(action_space=action_space)).policy
+    assert BasePolicy.unscale_action(policy, np.ones(1, np.float32)) > action_space.high
+    for action in (-1.0, 1.0):
+        assert action_space.contains(policy.unscale_action(np.full(1, action, np.float32)))
 
 
 def test_matrix_shaped_actions(algorithm: Algorithm) -> None:

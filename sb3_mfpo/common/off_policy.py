@@ -27,7 +27,7 @@ from stable_baselines3.common.type_aliases import (
     TrainFreq,
 )
 from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sb3_mfpo.common import checkpoint, mean_flow
@@ -289,11 +289,23 @@ class FlowAlgorithm(OffPolicyAlgorithm):
         learning_starts: int = 0,
         log_interval: int | None = None,
     ) -> RolloutReturn:
-        rollout = super().collect_rollouts(
-            env, callback, train_freq, replay_buffer, action_noise, learning_starts, log_interval
-        )
+        try:
+            rollout = super().collect_rollouts(
+                env, callback, train_freq, replay_buffer, action_noise, learning_starts, log_interval
+            )
+        except (EOFError, BrokenPipeError, ConnectionResetError) as error:
+            raise RuntimeError(_what_has_ended(env)) from error
         self._rollout_timesteps = rollout.episode_timesteps
         return rollout
+
+    def _sample_action(self, *args: Any, **kwargs: Any) -> tuple[np.ndarray, np.ndarray]:
+        actions, buffer_actions = super()._sample_action(*args, **kwargs)
+        if not np.isfinite(buffer_actions).all():
+            raise ValueError(
+                f"The policy's actions are not finite at step {self.num_timesteps}: {buffer_actions}. They were not taken. "
+                "Usual cause: observations of a huge scale (use `VecNormalize`)."
+            )
+        return actions, buffer_actions
 
     def _store_transition(
         self,
@@ -538,3 +550,18 @@ class FlowAlgorithm(OffPolicyAlgorithm):
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "actor.optimizer", "critic.optimizer"], []
+
+
+def _what_has_ended(env: VecEnv) -> str:
+    """
+    :param env: Vectorized environment whose connection broke
+    :return: A message that says which of its processes have ended
+    """
+    while isinstance(env, VecEnvWrapper):
+        env = env.venv
+    message = "The connection to the environments broke."
+    for index, process in enumerate(getattr(env, "processes", [])):
+        process.join(timeout=1)
+        if not process.is_alive():
+            message += f" The process of environment {index} has ended (exit code {process.exitcode})."
+    return message + " Its own error, if any, is printed above; the model can still be saved."

@@ -396,6 +396,13 @@ class FlowPolicy(BasePolicy):
             time_shares = network.remembered_time_shares(self.sampling_times)
         return few_step_sample(network.on_grid(features, time_shares), noise, self.sampling_times)[0].clamp(-1, 1)
 
+    def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
+        """
+        :param scaled_action: Action in [-1, 1]
+        :return: Action within the bounds of the action space, which rounding alone could leave
+        """
+        return np.clip(super().unscale_action(scaled_action), self.action_space.low, self.action_space.high)
+
     def _draw_noise(self, features: th.Tensor) -> th.Tensor:
         return th.randn(len(features), self.candidate_noise.shape[1], device=features.device)
 
