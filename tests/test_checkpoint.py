@@ -69,6 +69,7 @@ def one(env_class: Callable[[], gym.Env], n: int = 1, vec_env_class: type = Dumm
 # Environments, arguments, and after how many steps an episode ends
 CASES: dict[str, tuple[Callable[[], VecEnv], dict[str, Any], int]] = {
     "vector": (lambda: one(StatefulEnv), {}, 7),
+    "still warming up": (lambda: one(StatefulEnv), dict(learning_starts=40), 7),
     "HER": (
         lambda: one(StatefulGoalEnv),
         dict(policy="MultiInputPolicy", replay_buffer_class=HerReplayBuffer, replay_buffer_kwargs=dict(n_sampled_goal=2)),

@@ -36,13 +36,31 @@ def test_every_example_is_run_here() -> None:
 
 def test_the_readme_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As printed, but for the number of steps."""
-    (code,) = re.findall(r"```python\n(.*?)```", (EXAMPLES.parent / "README.md").read_text(), flags=re.DOTALL)
-    assert "1_000_000" in code
+    code, _ = readme_examples()
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    exec(code.replace("1_000_000", "102"), names)
-    assert names["model"].num_timesteps == 102
-    assert names["action"].shape == (1, 6)
+    for algorithm in ("MFPO", "SOM"):
+        names: dict[str, Any] = {}
+        exec(code.replace("1_000_000", "102").replace("MFPO", algorithm), names)
+        assert names["model"].num_timesteps == 102
+        assert names["action"].shape == (1, 6)
+
+
+def readme_examples() -> list[str]:
+    examples = re.findall(r"```python\n(.*?)```", (EXAMPLES.parent / "README.md").read_text(), flags=re.DOTALL)
+    assert all("1_000_000" in code for code in examples)
+    return examples
+
+
+def test_stop_and_resume_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begun, then gone on with, by the same lines."""
+    _, code = readme_examples()
+    assert code in (EXAMPLES.parent / "docs" / "long_training.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    for total in (103, 106):
+        names: dict[str, Any] = {}
+        exec(code.replace("1_000_000", str(total)).replace("10_000", "101"), names)
+        assert (names["model"].num_timesteps, names["model"]._n_updates) == (total, total - 100)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"run_103_steps.zip", "run_106_steps.zip"}
 
 
 def is_png(path: Path) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
@@ -254,7 +255,7 @@ class FlowAlgorithm(OffPolicyAlgorithm):
     def resume(
         cls: type[SelfFlowAlgorithm],
         path: str | Path,
-        env: GymEnv,
+        env: GymEnv | str,
         device: th.device | str = "auto",
         name_prefix: str = "run",
         **kwargs: Any,
@@ -265,7 +266,7 @@ class FlowAlgorithm(OffPolicyAlgorithm):
 
         :param path: A checkpoint, or the folder of the checkpoints: the newest one that is whole. It is unpickled, which can
             run code: resume only files that you trust.
-        :param env: The environment to go on with, wrapped as it was
+        :param env: The environment to go on with, wrapped as it was (if registered in Gym, can be str)
         :param device: Device on which the code should run
         :param name_prefix: The checkpoints' common prefix
         :param kwargs: Arguments to change, see ``load``
@@ -274,7 +275,7 @@ class FlowAlgorithm(OffPolicyAlgorithm):
         :raises ValueError: If no checkpoint is whole, or the environments do not fit
         """
         path, state = checkpoint.read_newest_run(Path(path), name_prefix)
-        model = cls.load(path, env=env, device=device, **kwargs)
+        model = cls.load(path, env=maybe_make_env(env, verbose=0), device=device, **kwargs)
         checkpoint.restore_buffer(model, state)
         model._run_state = state
         return model
