@@ -89,6 +89,7 @@ class FlowAlgorithm(OffPolicyAlgorithm):
         train_freq: int | tuple[int, str],
         gradient_steps: int,
         action_noise: ActionNoise | None,
+        *,
         replay_buffer_class: type[ReplayBuffer] | None,
         replay_buffer_kwargs: dict[str, Any] | None,
         optimize_memory_usage: bool,
