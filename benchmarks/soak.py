@@ -88,7 +88,7 @@ def summary(rows: pd.DataFrame) -> dict[str, Any]:
     steady = rows[rows["step"] > 0.2 * rows["step"].max()]
     slope = np.polyfit(steady["step"], steady["resident in MB"], 1)[0]
     result: dict[str, Any] = {"growth in KB per 1000 steps": round(1e6 * slope, 2)}
-    for column in rows.columns.difference(["step", "seconds", "algorithm"]):
+    for column in rows.dropna(axis="columns", how="all").columns.difference(["step", "seconds", "algorithm"]):
         result[column] = [float(steady[column].iloc[0]), float(steady[column].min()), float(steady[column].max())]
     return result
 

@@ -42,6 +42,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).parent / "results"
+PICTURE = Path(__file__).parent.parent / "docs" / "images" / "som.png"
 N_EVALUATIONS = 10
 CANDIDATES = (1, 4, 10, 32)
 # What learning curves show: how each algorithm acts when asked for deterministic actions
@@ -227,7 +228,7 @@ def draw(rows: pd.DataFrame, path: Path) -> None:
     plt.close(figure)
 
 
-def report(folder: Path) -> None:
+def report(folder: Path, picture: Path = PICTURE) -> None:
     """Write the evaluations as CSV, draw the comparison, print the tables."""
     pd.set_option("display.width", 250, "display.max_columns", 30, "display.max_rows", 100)
     versions = {name: version(name) for name in ("torch", "stable-baselines3", "sb3-mfpo", "gymnasium", "mujoco", "optuna")}
@@ -239,7 +240,7 @@ def report(folder: Path) -> None:
         print(f"\n{name}: means over the seeds, then every run")
         print(runs.drop(columns="seed").groupby(keys).mean().round(1).to_string())
         print(runs.round(1).to_string(index=False))
-    draw(rows, RESULTS.parent.parent / "docs" / "images" / "som.png")
+    draw(rows, picture)
 
 
 def main(arguments: list[str] | None = None) -> None:

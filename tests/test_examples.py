@@ -109,6 +109,35 @@ def test_speed_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "HalfCheetah: gradient step" in capsys.readouterr().out
 
 
+def test_soak_benchmark(tmp_path: Path) -> None:
+    results = load("soak", EXAMPLES.parent / "benchmarks").main(["--steps", "1000", "--output", str(tmp_path / "soak.csv")])
+    assert len((tmp_path / "soak.csv").read_text().splitlines()) == 201
+    for name in ("MFPO", "SOM"):
+        part = results[f"{name}: first, lowest, highest after the warm-up"]
+        assert part["open files"][0] == part["open files"][2]
+        assert ("log_prob_error" in part) == (name == "MFPO")
+
+
+def test_som_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Search, comparison and report, with few steps and one seed."""
+    som = load("som", EXAMPLES.parent / "benchmarks")
+    tasks = {name: {**settings, "steps": 20, "episodes": 1} for name, settings in som.TASKS.items()}
+    monkeypatch.setattr(som, "TASKS", tasks)
+    monkeypatch.setattr(som, "SHARED", {**som.SHARED, "learning_starts": 15})
+    monkeypatch.setattr(som, "RESULTS", tmp_path)
+    seconds = dict.fromkeys(tasks, 0.0)
+    monkeypatch.setattr(som, "TIME", dict.fromkeys(tasks, 1.0))
+    grid: dict[str, list[Any]] = dict(seed=[0], task=list(tasks))
+    som.work({"search": {**grid, "setting": ["3, 4"], "algorithm": ["SOM"]}}, seconds, tmp_path)
+    som.work({name: {**grid, "algorithm": [name]} for name in som.ALGORITHMS}, seconds, tmp_path)
+    som.report(tmp_path, picture=tmp_path / "som.png")
+    assert is_png(tmp_path / "som.png")
+    header, *rows = (tmp_path / "som_compare.csv").read_text().splitlines()
+    assert set(header.split(",")) == {"seed", "task", "algorithm", "step", "seconds", "mode", "return"}
+    assert {row.split(",")[2] for row in rows} >= {"SAC", "SOM", "MFPO"}
+    assert len((tmp_path / "som_search.csv").read_text().splitlines()) == 1 + 2 * (9 + 4 + 1)
+
+
 def test_multimodal_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     results = load("multimodal").main(ARGUMENTS["multimodal"])
