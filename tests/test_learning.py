@@ -13,7 +13,7 @@ from tests.helpers import Algorithm
 
 SETTINGS: dict[Algorithm, dict[str, Any]] = {
     MFPO: dict(ent_coef="auto_0.2", n_policy_samples=8, n_gaussian_samples=8),
-    SOM: dict(inverse_temperature=30.0),
+    SOM: {},
 }
 
 

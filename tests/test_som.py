@@ -24,6 +24,7 @@ def test_defaults() -> None:
         False,
     )
     assert (model.time_distribution, model.equal_time_share, model.normalize_q) == ("uniform", 0.25, True)
+    assert (model.inverse_temperature, model.n_samples) == (30.0, 32)
     assert (model.critic_reduction, model.policy_delay, model.target_update_interval) == ("min", 1, 1)
     assert (model.policy.sampling_steps, model.policy.n_action_candidates) == (1, 10)
 
