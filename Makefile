@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check format docs clean
+.PHONY: demo test nightly check format docs clean
 
 # Train on a real MuJoCo task, compare with random actions, save model and learning curve to demo/
 demo: $(READY)
@@ -12,6 +12,11 @@ demo: $(READY)
 # The whole test-suite
 test: $(READY)
 	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
+
+# What takes too long for every change: the toy at full size, 50 kills, hundreds of drawn trainings
+nightly: $(READY)
+	$(BIN)/python -m pytest -m nightly
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/test_robustness.py
 
 # Format, lint, types
 check: $(READY)

@@ -329,6 +329,12 @@ def test_killed_at_random_moments(capsys: pytest.CaptureFixture) -> None:
     assert results["kill"]["checkpoint in MB"] > 40
 
 
+@pytest.mark.nightly
+def test_killed_fifty_times() -> None:
+    results = load("checkpoint", Path(__file__).parent.parent / "benchmarks").main(["--transitions", "1000", "--rounds", "1"])
+    assert results["kill"]["survived"] == 50
+
+
 # Weights alone
 
 

@@ -149,6 +149,23 @@ def test_multimodal_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert len(results[name]) == 7
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("algorithm, target", [("SOM", "six modes"), ("SOM", "two moons"), ("MFPO", "six modes")])
+def test_the_toy_at_full_size(algorithm: str, target: str, seed: int) -> None:
+    """5 000 updates with the default networks: modes, distance, strays, and MFPO's error of the log-probability in nats."""
+    toy = load("multimodal")
+    model = toy.train(algorithm, toy.TARGETS[target], updates=5000, seed=seed, device="cpu")
+    bounds = {1: (0.06, 0.15, None)} if algorithm == "SOM" else {2: (0.08, 0.15, 1.6), 20: (0.05, 0.10, 1.2)}
+    for steps, (distance, strays, error) in bounds.items():
+        results = toy.evaluate(toy.TARGETS[target], *toy.sample_policy(model, 10_000, steps))
+        print(algorithm, target, seed, steps, results)
+        assert results["modes"] == (6 if target == "six modes" else 2)
+        assert results["sliced_wasserstein"] <= distance
+        assert results["strays"] <= strays
+        assert error is None or results["log_prob_error"] <= error
+
+
 # The toy with half the updates and half the width
 
 
