@@ -166,18 +166,22 @@ Panel = tuple[th.Tensor, th.Tensor | None, dict[str, float]]
 
 
 def draw(rows: dict[str, dict[str, Panel]], path: Path) -> None:
-    """A row per density, a panel per sampler: samples, coloured by log-probability where it is known, and their numbers."""
+    """A row per density: itself, then a panel of samples per sampler, coloured by log-probability where it is known."""
+    line = th.linspace(-1.05, 1.05, 200)
+    grid = th.stack(th.meshgrid(line, line, indexing="xy"), dim=-1)
     n_columns = max(len(panels) for panels in rows.values())
     figure, axes = plt.subplots(
         len(rows), n_columns, figsize=(3.1 * n_columns + 0.8, 3.7 * len(rows)), squeeze=False, layout="constrained"
     )
     for row, (name, panels) in zip(axes, rows.items(), strict=True):
         for axis, (title, (actions, log_prob, numbers)) in zip(row, panels.items(), strict=True):
-            dots: dict[str, Any] = dict(s=3, rasterized=True)
-            if log_prob is None:
-                axis.scatter(*actions[:3000].T, color="0.35", **dots)
+            colours: dict[str, Any] = dict(vmin=-6, vmax=1, cmap="viridis", rasterized=True)
+            if title == "truth":
+                axis.pcolormesh(line, line, TARGETS[name].log_density(grid), **colours)
+            elif log_prob is None:
+                axis.scatter(*actions[:3000].T, color="0.35", s=3, rasterized=True)
             else:
-                points = axis.scatter(*actions[:3000].T, c=log_prob[:3000], vmin=-6, vmax=1, cmap="viridis", **dots)
+                points = axis.scatter(*actions[:3000].T, c=log_prob[:3000], s=3, **colours)
             text = f"{numbers['modes']} modes, SW {numbers['sliced_wasserstein']:.3f}, strays {numbers['strays']:.0%}"
             if "log_prob_error" in numbers:
                 text += f"\nlog-prob. error {numbers['log_prob_error']:.2f} nats"
