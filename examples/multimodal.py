@@ -65,6 +65,10 @@ ALGORITHMS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+# Numbers of steps that are shown
+STEPS = {"MFPO": (1, 2, 20), "SOM": (1, 2)}
+
+
 class OneStep(gym.Env):
     """Every episode is one action, rewarded by the log-density."""
 
@@ -195,6 +199,7 @@ def draw(rows: dict[str, dict[str, Panel]], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> dict[str, dict[str, dict[str, float]]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--algorithms", nargs="+", default=list(ALGORITHMS), choices=ALGORITHMS)
     parser.add_argument("--updates", type=int, default=5000, help="gradient steps (default 5000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=10_000, help="samples per panel (default 10000)")
@@ -206,16 +211,17 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, dict[str, fl
     for name, target in TARGETS.items():
         truth = target.sample(options.samples, th.Generator().manual_seed(options.seed + 1))
         samples: dict[str, tuple[th.Tensor, th.Tensor | None]] = {"truth": (truth, target.log_density(truth))}
-        mfpo = train("MFPO", target, options.updates, options.seed, progress=True)
-        for steps in (1, 2, 20):
-            samples[f"MFPO, {steps} step{'s' * (steps > 1)}"] = sample_policy(mfpo, options.samples, steps)
-        exact = solve_ode(mfpo, options.samples, steps=200)
-        som = train("SOM", target, options.updates, options.seed, progress=True)
-        for steps in (1, 2):
-            samples[f"SOM, {steps} step{'s' * (steps > 1)}"] = sample_policy(som, options.samples, steps)
+        for algorithm in options.algorithms:
+            model = train(algorithm, target, options.updates, options.seed, progress=True)
+            for steps in STEPS[algorithm]:
+                title = f"{algorithm}, {steps} step{'s' * (steps > 1)}"
+                samples[title] = sample_policy(model, options.samples, steps)
+            if algorithm == "MFPO":
+                exact = solve_ode(model, options.samples, steps=200)
         rows[name] = {title: (*sample, evaluate(target, *sample)) for title, sample in samples.items()}
         results[name] = {title: numbers for title, (*_, numbers) in rows[name].items()}
-        results[name]["MFPO, 200 Euler steps, exact density"] = evaluate(target, *exact)
+        if "MFPO" in options.algorithms:
+            results[name]["MFPO, 200 Euler steps, exact density"] = evaluate(target, *exact)
         for title, numbers in results[name].items():
             print(f"{name}, {title}: " + ", ".join(f"{key} {value:.3g}" for key, value in numbers.items()))
     draw(rows, options.output)
