@@ -87,7 +87,6 @@ def make_models(env: Callable[[], gym.Env], width: int, device: str) -> dict[str
         "MFPO, compiled": (MFPO, dict(compile_step=True)),
         "MFPO, plain": (PlainMFPO, {}),
         "SOM": (SOM, {}),
-        "SOM, compiled": (SOM, dict(compile_step=True)),
     }
     if device == "cpu" and onednn_matmul_is_exact():
         kinds |= {f"{name}, oneDNN": (kinds[name][0], dict(onednn_matmul=True)) for name in ("MFPO", "SOM")}
