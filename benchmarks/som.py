@@ -218,6 +218,7 @@ def draw(rows: pd.DataFrame, path: Path) -> None:
                 estimator=None,
                 lw=1.3,
                 ax=axis,
+                legend="auto" if axis is axes[0, 0] else False,
             )
             axis.set(xlim=(0, limit), xlabel={"step": "environment steps", "seconds": "seconds of one core"}[x])
         if task == "Reacher-v5":
