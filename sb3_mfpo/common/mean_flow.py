@@ -113,7 +113,7 @@ def few_step_sample(
     """
     actions = noise
     log_prob = None if average_divergence is None else standard_normal_log_prob(noise)
-    for k, step in enumerate(times.diff()):
+    for k, step in enumerate((times[1:] - times[:-1]).unbind()):
         # The step r - t is negative
         velocity = average_velocity(actions, k)
         if average_divergence is not None and log_prob is not None:

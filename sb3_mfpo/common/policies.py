@@ -401,7 +401,9 @@ class FlowPolicy(BasePolicy):
         :param scaled_action: Action in [-1, 1]
         :return: Action within the bounds of the action space, which rounding alone could leave
         """
-        return np.clip(super().unscale_action(scaled_action), self.action_space.low, self.action_space.high)
+        action = super().unscale_action(scaled_action)
+        # What `np.clip` does, in a third of its time
+        return np.minimum(np.maximum(action, self.action_space.low), self.action_space.high)
 
     def _draw_noise(self, features: th.Tensor) -> th.Tensor:
         return th.randn(len(features), self.candidate_noise.shape[1], device=features.device)
@@ -471,7 +473,7 @@ class FlowPolicy(BasePolicy):
         """
         networks = self._networks()
         # Every prediction asks for evaluation mode, and going through all layers costs as much as an action
-        if all(module.training == mode for module in (self, *networks)):
+        if self.training == mode and [module.training for module in networks].count(mode) == len(networks):
             return
         for module in networks:
             module.train(mode)
