@@ -181,18 +181,18 @@ def draw(rows: dict[str, dict[str, Panel]], path: Path) -> None:
         for axis, (title, (actions, log_prob, numbers)) in zip(row, panels.items(), strict=True):
             colours: dict[str, Any] = dict(vmin=-6, vmax=1, cmap="viridis", rasterized=True)
             if title == "truth":
-                axis.pcolormesh(line, line, TARGETS[name].log_density(grid), **colours)
+                density = axis.pcolormesh(line, line, TARGETS[name].log_density(grid), **colours)
             elif log_prob is None:
                 axis.scatter(*actions[:3000].T, color="0.35", s=3, rasterized=True)
             else:
-                points = axis.scatter(*actions[:3000].T, c=log_prob[:3000], s=3, **colours)
+                axis.scatter(*actions[:3000].T, c=log_prob[:3000], s=3, **colours)
             text = f"{numbers['modes']} modes, SW {numbers['sliced_wasserstein']:.3f}, strays {numbers['strays']:.0%}"
             if "log_prob_error" in numbers:
                 text += f"\nlog-prob. error {numbers['log_prob_error']:.2f} nats"
             axis.set(title=title, xlim=(-1.05, 1.05), ylim=(-1.05, 1.05), aspect="equal", xlabel=text)
             axis.set(xticks=[-1, 0, 1], yticks=[-1, 0, 1])
         row[0].set_ylabel(name)
-    figure.colorbar(points, ax=axes, label="log-probability [nats]", shrink=0.6)
+    figure.colorbar(density, ax=axes, label="log-probability [nats]", shrink=0.6)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -147,6 +147,9 @@ def test_multimodal_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         truth = results[name]["truth"]
         assert truth["modes"] == n_modes and truth["log_prob_error"] == 0 and truth["strays"] < 0.05
         assert len(results[name]) == 7
+    (tmp_path / "out.png").unlink()
+    assert len(load("multimodal").main([*ARGUMENTS["multimodal"], "--algorithms", "SOM"])["six modes"]) == 3
+    assert is_png(tmp_path / "out.png")
 
 
 @pytest.mark.nightly
