@@ -196,7 +196,7 @@ def test_mfpo_finds_all_modes_and_knows_its_density() -> None:
     assert twenty["strays"] <= 0.2
 
 
-@pytest.mark.parametrize("target, modes", [("six modes", 6), ("two moons", 2)])
+@pytest.mark.parametrize("target, modes", [("six modes", 6), pytest.param("two moons", 2, marks=pytest.mark.nightly)])
 def test_som_finds_all_modes_in_one_step(target: str, modes: int) -> None:
     toy = load("multimodal")
     model = train_reduced(toy, "SOM", target)
