@@ -174,6 +174,21 @@ def test_in_the_middle_of_an_episode(algorithm: Algorithm, tmp_path: Path) -> No
     assert model.replay_buffer.pos == 30
 
 
+def test_in_the_middle_of_an_episode_with_normalisation(tmp_path: Path) -> None:
+    """The new episode's first observation is normalised by the run's statistics, not by those of the reset alone."""
+
+    def make_env() -> VecNormalize:
+        return VecNormalize(DummyVecEnv([lambda: RandomEnv(spaces.Box(50, 100, (3,), np.float32))]))
+
+    make_model(MFPO, make_env(), seed=0).learn(24, callback=RunCheckpointCallback(17, tmp_path, keep=9))
+    env = make_env()
+    model = MFPO.resume(tmp_path / "run_17_steps.zip", env)
+    model._setup_learn(30)
+    assert env.obs_rms.count == pytest.approx(18, abs=3) and env.returns == 0
+    assert np.array_equal(model._last_obs, env.normalize_obs(model._last_original_obs))
+    assert np.abs(model._last_obs).max() > 0.1
+
+
 def test_warm_up_is_not_repeated(algorithm: Algorithm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_model(algorithm, learning_starts=10).learn(14, callback=RunCheckpointCallback(6, tmp_path, keep=9))
     model = algorithm.resume(tmp_path / "run_12_steps.zip", RandomEnv())

@@ -37,6 +37,8 @@ STATE, ARRAY = "run/state.pickle", "run/array_{}.bin"
 CHUNK, BLOCK = 2**24, 2**20
 # Attribute of a callback that holds its plain attributes, pickled, as they were when its first training began
 START = "_data_at_start"
+# What VecNormalize has learned, and the discounted returns of the episodes so far
+NORMALIZER = ("obs_rms", "ret_rms", "returns")
 # What a callback may count or collect
 PLAIN = (bool, int, float, str, np.number, np.ndarray, list, tuple, dict, type(None))
 
@@ -126,7 +128,7 @@ def checkpoints(folder: Path, name_prefix: str) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def run_state(model: Any, callback: BaseCallback | None) -> dict[str, Any]:
+def run_state(model: Any, callback: BaseCallback) -> dict[str, Any]:
     """
     All of a run that SB3's model file does not hold. To be taken between rollouts.
 
@@ -146,11 +148,8 @@ def run_state(model: Any, callback: BaseCallback | None) -> dict[str, Any]:
         "environments": env.env_method("state_dict") if env.has_attr("state_dict") else None,
         "normalizer": None if normalizer is None else {name: getattr(normalizer, name) for name in NORMALIZER},
         "logger": [dict(values) for values in (model.logger.name_to_value, model.logger.name_to_count)],
-        "callbacks": [] if callback is None else [(type(part).__name__, plain_data(part)) for part in parts_of(callback)],
+        "callbacks": [(type(part).__name__, plain_data(part)) for part in parts_of(callback)],
     }
-
-
-NORMALIZER = ("obs_rms", "ret_rms", "returns")
 
 
 def random_states(model: Any) -> dict[str, Any]:
@@ -227,6 +226,9 @@ def restore_run(model: Any, state: dict[str, Any], callback: BaseCallback) -> No
     if normalizer is not None:
         for name, value in state["normalizer"].items():
             setattr(normalizer, name, value)
+        # The reset has normalised by statistics that knew nothing, and begun new episodes
+        model._last_obs = normalizer.normalize_obs(model._last_original_obs)
+        normalizer.returns[~state["at_episode_start"]] = 0
     if state["environments"] is not None and model.env.has_attr("state_dict"):
         for index in np.flatnonzero(state["at_episode_start"]):
             model.env.env_method("load_state_dict", state["environments"][index], indices=[int(index)])

@@ -430,11 +430,18 @@ class FlowAlgorithm(OffPolicyAlgorithm):
         """
         :param batch_size: Minibatch size B
         :param network_type: "mean_flow" or "flow_matching"
-        :return: Draws of a regression on the flow, with logit-normal times
+        :return: Draws of a regression on the flow
         """
-        n_equal = self._n_equal(batch_size, network_type)
-        times = mean_flow.sample_times(self._normal(batch_size, 2), self.time_mean, self.time_std, n_equal)
+        times = self._draw_times(batch_size, self._n_equal(batch_size, network_type))
         return FlowDraws(*times, self._normal(batch_size, get_action_dim(self.action_space)))
+
+    def _draw_times(self, batch_size: int, n_equal: int) -> tuple[th.Tensor, th.Tensor]:
+        """
+        :param batch_size: Minibatch size B
+        :param n_equal: Number of leading rows with r = t
+        :return: Logit-normal t and r in (0, 1), r <= t, each of shape (B, 1)
+        """
+        return mean_flow.sample_times(self._normal(batch_size, 2), self.time_mean, self.time_std, n_equal)
 
     def _normal(self, *shape: int) -> th.Tensor:
         return th.randn(*shape, device=self.device)

@@ -231,12 +231,10 @@ class SOM(FlowAlgorithm):
             flow=self._draw_flow(batch_size, self.policy.actor_type),
         )
 
-    def _draw_flow(self, batch_size: int, network_type: str) -> FlowDraws:
-        draws = super()._draw_flow(batch_size, network_type)
+    def _draw_times(self, batch_size: int, n_equal: int) -> tuple[th.Tensor, th.Tensor]:
         if self.time_distribution == "logit_normal":
-            return draws
-        uniform = th.rand(batch_size, 2, device=self.device)
-        return FlowDraws(*mean_flow.uniform_times(uniform, self._n_equal(batch_size, network_type)), draws.noise)
+            return super()._draw_times(batch_size, n_equal)
+        return mean_flow.uniform_times(th.rand(batch_size, 2, device=self.device), n_equal)
 
     def _update(
         self,
