@@ -117,6 +117,14 @@ def read_run(path: Path) -> dict[str, Any]:
     return pickle.loads(pickled, buffers=arrays)
 
 
+def is_run(path: str | Path) -> bool:
+    """
+    :param path: A file
+    :return: Whether it is a checkpoint of a run, and not only a model
+    """
+    return zipfile.is_zipfile(path) and STATE in zipfile.ZipFile(path).namelist()
+
+
 def checkpoints(folder: Path, name_prefix: str) -> list[Path]:
     """
     :param folder: Where checkpoints are

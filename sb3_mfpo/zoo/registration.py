@@ -11,10 +11,12 @@ from rl_zoo3 import hyperparams_opt, utils
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from sb3_mfpo import MFPO, SOM
+from sb3_mfpo.common.checkpoint import is_run
+from sb3_mfpo.common.off_policy import FlowAlgorithm
 from sb3_mfpo.envs import ready_spec
 from sb3_mfpo.zoo import search_space
 
-ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"mfpo": MFPO, "som": SOM}
+ALGORITHMS: dict[str, type[FlowAlgorithm]] = {"mfpo": MFPO, "som": SOM}
 
 
 def hyperparameter_file(algorithm: str) -> Path:
@@ -30,11 +32,13 @@ def register(playing: bool = False) -> None:
     Add our algorithms to rl_zoo3's registry, samplers and converters, and make the DeepMind Control tasks that are registered
     ready for its policies.
 
+    ``train -i`` with a checkpoint of a run goes on with that run.
+
     :param playing: Whether models will be loaded only to act: they then get a replay buffer of a single transition. rl_zoo3
         does so for the off-policy algorithms in lists within its functions, which cannot be extended.
     """
     for name, algorithm in ALGORITHMS.items():
-        utils.ALGOS[name] = _without_memory(algorithm) if playing else algorithm
+        utils.ALGOS[name] = _without_memory(algorithm) if playing else _resuming(algorithm)
         hyperparams_opt.HYPERPARAMS_SAMPLER[name] = getattr(search_space, f"sample_{name}_params")
         hyperparams_opt.HYPERPARAMS_CONVERTER[name] = getattr(search_space, f"convert_{name}_params")
     _mend_push_to_hub()
@@ -51,7 +55,18 @@ def _mend_push_to_hub() -> None:
         push_to_hub.generate_metadata = lambda *args: push_to_hub._generate_metadata(*args).to_dict()
 
 
-def _without_memory(algorithm: type[BaseAlgorithm]) -> type[BaseAlgorithm]:
+def _resuming(algorithm: type[FlowAlgorithm]) -> type[FlowAlgorithm]:
+    class Resuming(algorithm):  # type: ignore[misc,valid-type]
+        @classmethod
+        def load(cls, path: Any, env: Any = None, device: Any = "auto", **kwargs: Any) -> BaseAlgorithm:
+            # A run goes on with its own hyperparameters, not those of the file
+            return algorithm.resume(path, env, device) if is_run(path) else algorithm.load(path, env, device, **kwargs)
+
+    Resuming.__name__ = algorithm.__name__
+    return Resuming
+
+
+def _without_memory(algorithm: type[FlowAlgorithm]) -> type[FlowAlgorithm]:
     class WithoutMemory(algorithm):  # type: ignore[misc,valid-type]
         @classmethod
         def load(cls, *args: Any, **kwargs: Any) -> BaseAlgorithm:
