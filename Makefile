@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test nightly check format docs clean
+.PHONY: demo test nightly benchmark-smoke check format docs clean
 
 # Train on a real MuJoCo task, compare with random actions, save model and learning curve to demo/
 demo: $(READY)
@@ -17,6 +17,11 @@ test: $(READY)
 nightly: $(READY)
 	$(BIN)/python -m pytest -m nightly
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/test_robustness.py
+
+# The benchmarks' whole path on a tiny suite: runs, then a report, to demo/
+benchmark-smoke: $(READY)
+	$(BIN)/python benchmarks/run.py benchmarks/suites/smoke.yml --output demo/smoke.csv --folder demo/runs --workers 2
+	$(BIN)/python benchmarks/report.py benchmarks/suites/smoke.yml --input demo/smoke.csv --images demo --table demo/smoke.md
 
 # Format, lint, types
 check: $(READY)

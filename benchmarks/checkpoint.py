@@ -36,9 +36,9 @@ SIZES = (17, 6)
 
 
 class RandomTask(gym.Env):
-    """Random numbers of HalfCheetah's sizes and types."""
+    """Random numbers of HalfCheetah's sizes, in its buffer's type."""
 
-    observation_space = spaces.Box(-1, 1, SIZES[:1], np.float64)
+    observation_space = spaces.Box(-1, 1, SIZES[:1], np.float32)
     action_space = spaces.Box(-1, 1, SIZES[1:], np.float32)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
@@ -55,8 +55,7 @@ def make_model(buffer_size: int, **kwargs: Any) -> MFPO:
     buffer: Any = model.replay_buffer
     generator = np.random.default_rng(0)
     for name in ("observations", "next_observations", "actions", "rewards"):
-        array = getattr(buffer, name)
-        generator.standard_normal(dtype=array.dtype, out=array)
+        generator.standard_normal(dtype=np.float32, out=getattr(buffer, name))
     buffer.full = True
     return model
 
@@ -151,7 +150,7 @@ def save(folder: Path, transitions: int, rounds: int) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--buffer-size", type=int, default=650_000, help="transitions in the training that is killed")
+    parser.add_argument("--buffer-size", type=int, default=1_200_000, help="transitions in the training that is killed")
     parser.add_argument("--transitions", type=int, default=1_000_000, help="in the buffer whose saving is measured")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", type=Path, help="JSON file to write")

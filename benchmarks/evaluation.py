@@ -15,15 +15,15 @@ from stable_baselines3.common.vec_env import VecNormalize, sync_envs_normalizati
 
 from sb3_mfpo.common.files import replacing
 
-# Best of ten candidates (MFPO, SOM), the mean (SAC, TQC, CrossQ), the policy's only action (TD3); and as in training, but for noise
-# that an algorithm adds
+# Best of ten candidates (MFPO, SOM), the mean (SAC, TQC, CrossQ), the policy's only action (TD3); and as in training, but for
+# the noise that TD3 adds
 MODES = {"deterministic": True, "sample": False}
 
 
 class Evaluation(BaseCallback):
     """
-    Every so many steps evaluate both ways of acting, on a clock that stands still meanwhile, and write all rows so far to a CSV
-    file. The training's random numbers are those of a training without evaluations.
+    Every so many steps evaluate both ways of acting, on a clock that stands still meanwhile, and write all rows so far to a
+    CSV file. The training's random numbers are those of a training without evaluations.
 
     :param task: Gymnasium id
     :param every: Evaluate every so many environment steps
@@ -60,7 +60,7 @@ class Evaluation(BaseCallback):
         with th.random.fork_rng():
             th.manual_seed(self.num_timesteps)
             for mode, deterministic in MODES.items():
-                mean, _ = evaluate_policy(self.model, self._env, self.episodes, deterministic)
+                mean: Any = evaluate_policy(self.model, self._env, self.episodes, deterministic)[0]
                 row = {"step": self.num_timesteps, "seconds": round(self.seconds, 1), "mode": mode}
                 self.rows.append(row | {"return": round(float(mean), 3)})
         with replacing(Path(self.path)) as file:

@@ -14,6 +14,7 @@ import argparse
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -21,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import suite as suites
+from suite import KEYS, Run, folder_of, read_suite, runs_of
 from tqdm import tqdm
 
-import suite as suites
 from sb3_mfpo.common.files import replacing
-from suite import KEYS, Run, folder_of, read_suite, runs_of
 
 RESULTS = Path(__file__).parent / "results"
 # Seconds between two looks at the progress
@@ -77,10 +78,11 @@ def steps_so_far(run: Run, folder: Path) -> int:
 @contextmanager
 def local_workers(options: argparse.Namespace) -> Iterator[Any]:
     """Submit runs to threads, each with a process at a time."""
-    pool = ThreadPoolExecutor(options.workers)
+    pool, stop = ThreadPoolExecutor(options.workers), threading.Event()
     try:
-        yield lambda run: pool.submit(suites.train, run, options.folder, options.device)
+        yield lambda run: pool.submit(suites.train, run, options.folder, options.device, stop)
     finally:
+        stop.set()
         pool.shutdown(cancel_futures=True)
 
 
@@ -124,8 +126,8 @@ def run_suite(options: argparse.Namespace) -> int:
         pending = {submit(run): run for run in left}
         while pending:
             ended, _ = wait(pending, timeout=INTERVAL)
-            for future in [future for future in pending if future.done()]:
-                run = pending.pop(future)
+            for future in ended:
+                pending.pop(future)
                 try:
                     append(future.result().assign(commit=now), output)
                 except RuntimeError as error:

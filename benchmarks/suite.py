@@ -19,8 +19,8 @@ A suite is a YAML file:
         params: {policy_kwargs: {sampling_steps: 1}}
         tasks: {Reacher-v5: {gamma: 0.9}}      # hyperparameters on this task alone
 
-Later hyperparameters go before earlier ones, in this order: the zoo's file for the task, the suite, the task, the algorithm, the
-algorithm on the task. ``policy_kwargs`` are merged, everything else is replaced.
+Later hyperparameters go before earlier ones, in this order: the zoo's file for the task, the suite, the task, the algorithm,
+the algorithm on the task. ``policy_kwargs`` are merged, everything else is replaced.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ import os
 import platform
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -41,6 +43,8 @@ import yaml
 from sb3_mfpo.common.checkpoint import checkpoints
 from sb3_mfpo.zoo.registration import ALGORITHMS, hyperparameter_file
 
+# Seconds between two looks at a run's process
+INTERVAL = 0.2
 PACKAGES = ("torch", "stable-baselines3", "sb3-mfpo", "gymnasium", "mujoco")
 KEYS = ["algorithm", "task", "seed"]
 FIELDS = {"steps", "evaluations", "episodes", "seeds", "params", "tasks", "algorithms"}
@@ -114,8 +118,8 @@ def zoo_params(algo: str, task: str) -> dict[str, Any]:
     """
     :param algo: Name in the zoo
     :param task: Gymnasium id
-    :return: The part of the zoo's ``policy_kwargs`` for the task that a suite's are merged with; of our algorithms, as the files
-        of rl_zoo3 are its own
+    :return: The zoo's ``policy_kwargs`` for the task, for a suite's to be merged with; of our algorithms, as rl_zoo3's files
+        are its own
     """
     if algo not in ALGORITHMS:
         return {}
@@ -166,15 +170,16 @@ def command_of(run: Run, folder: Path, device: str) -> list[str]:
     return [*command, "-params", *(f"{name}:{value!r}" for name, value in {**run.params, "callback": callbacks}.items())]
 
 
-def train(run: Run, folder: Path, device: str = "cpu") -> pd.DataFrame:
+def train(run: Run, folder: Path, device: str = "cpu", stop: threading.Event | None = None) -> pd.DataFrame:
     """
     Do a run to its end, in a process of its own.
 
     :param run: The run
     :param folder: Of the suite's runs; the run's folder in it keeps the model and, until the end, checkpoints
     :param device: Of the training
+    :param stop: Ends the run early, once it has written a checkpoint
     :return: One row per evaluation and way of acting
-    :raises RuntimeError: If the command fails; its output is in ``log.txt`` in the run's folder
+    :raises RuntimeError: If the command fails or is ended; its output is in ``log.txt`` in the run's folder
     """
     folder = folder_of(run, folder.absolute())
     folder.mkdir(parents=True, exist_ok=True)
@@ -188,11 +193,12 @@ def train(run: Run, folder: Path, device: str = "cpu") -> pd.DataFrame:
             stderr=subprocess.STDOUT,
         )
         try:
-            code = process.wait()
+            while process.poll() is None and not (stop is not None and stop.is_set()):
+                time.sleep(INTERVAL)
         finally:
             # It writes a checkpoint before it ends
             process.terminate()
-            process.wait()
+            code = process.wait()
     if code != 0:
         raise RuntimeError(f"{run.algorithm} on {run.task}, seed {run.seed}, ended with code {code}; see {log}:\n{tail(log)}")
     for checkpoint in checkpoints(folder, "run"):

@@ -168,14 +168,22 @@ class CategoricalCritic(Critic):
     Q-networks that predict a categorical distribution of the soft return (C51).
 
     :param atoms: Support, evenly spaced, in units of return, shape (n_atoms,)
+    :param value_init: "narrow" starts with a narrow distribution around 0 for all states and actions, "uniform" with random
+        ones near the uniform one
     :param kwargs: Those of ``Critic`` but ``output_dim``
     """
 
     atoms: th.Tensor
 
-    def __init__(self, *, atoms: th.Tensor, **kwargs: Any):
+    def __init__(self, *, atoms: th.Tensor, value_init: str, **kwargs: Any):
         super().__init__(output_dim=len(atoms), **kwargs)
         self.register_buffer("atoms", atoms)
+        if value_init == "narrow":
+            for q_network in self.q_networks:
+                output_layer: Any = q_network.body[-1]  # type: ignore[index,union-attr]
+                nn.init.zeros_(output_layer.weight)
+                with th.no_grad():
+                    output_layer.bias.copy_(categorical.narrow_logits(atoms))
 
     def expected_return(self, outputs: th.Tensor) -> th.Tensor:
         return categorical.expected_value_of_logits(outputs, self.atoms)

@@ -25,6 +25,7 @@ from sb3_mfpo.common.torch_layers import FlowMLP, TanhGELU
 
 CRITIC_TYPES = ("categorical", "scalar")
 CRITIC_REDUCTIONS = ("min", "mean")
+VALUE_INITS = ("uniform", "narrow")
 
 
 def spread_noise(n_points: int, dim: int) -> th.Tensor:
@@ -110,6 +111,8 @@ class FlowPolicy(BasePolicy):
     :param n_atoms: Number of atoms of the value distribution
     :param v_min: Lowest atom, in units of (soft, discounted) return
     :param v_max: Highest atom, in units of (soft, discounted) return
+    :param value_init: What the value distributions start as: "uniform" (nearly so, the paper's) or "narrow" (around 0), which
+        learns sooner, see :func:`sb3_mfpo.common.categorical.narrow_logits`
     :param critic_reduction: "min" or "mean" over the critics when candidates are compared; set by the algorithm
     :param features_extractor_class: Features extractor to use; by default one that suits the policy's kind of observations
         (``FlattenExtractor``, ``NatureCNN``, ``CombinedExtractor``)
@@ -151,6 +154,7 @@ class FlowPolicy(BasePolicy):
         n_atoms: int = 101,
         v_min: float = -1600.0,
         v_max: float = 1600.0,
+        value_init: str = "uniform",
         critic_reduction: str = "min",
         features_extractor_class: type[BaseFeaturesExtractor] | None = None,
         features_extractor_kwargs: dict[str, Any] | None = None,
@@ -170,6 +174,7 @@ class FlowPolicy(BasePolicy):
             n_atoms=n_atoms,
             v_min=v_min,
             v_max=v_max,
+            value_init=value_init,
             critic_reduction=critic_reduction,
         )
         super().__init__(
@@ -192,6 +197,7 @@ class FlowPolicy(BasePolicy):
         self.n_atoms = n_atoms
         self.v_min = v_min
         self.v_max = v_max
+        self.value_init = value_init
         self.critic_reduction = critic_reduction
         self.share_features_extractor = share_features_extractor
         # Buffers, so that a checkpoint restores how the policy acts whatever it was constructed with
@@ -220,6 +226,7 @@ class FlowPolicy(BasePolicy):
         if values["time_fourier_dim"] % 2 == 1:
             raise ValueError(f"`time_fourier_dim` must be even (cosines and sines), not {values['time_fourier_dim']}.")
         check_choice("critic_type", values["critic_type"], CRITIC_TYPES)
+        check_choice("value_init", values["value_init"], VALUE_INITS)
         check_choice("critic_reduction", values["critic_reduction"], CRITIC_REDUCTIONS)
         check_range("v_min", values["v_min"])
         check_range("v_max", values["v_max"])
@@ -360,7 +367,7 @@ class FlowPolicy(BasePolicy):
         if self.critic_type == "scalar":
             return ScalarCritic(**kwargs).to(self.device)
         atoms = th.linspace(self.v_min, self.v_max, self.n_atoms)
-        return CategoricalCritic(**kwargs, atoms=atoms).to(self.device)
+        return CategoricalCritic(**kwargs, atoms=atoms, value_init=self.value_init).to(self.device)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
@@ -378,6 +385,7 @@ class FlowPolicy(BasePolicy):
             n_atoms=self.n_atoms,
             v_min=self.v_min,
             v_max=self.v_max,
+            value_init=self.value_init,
             critic_reduction=self.critic_reduction,
             features_extractor_class=self.features_extractor_class,
             features_extractor_kwargs=self.features_extractor_kwargs,

@@ -1,0 +1,246 @@
+"""
+What a suite's results say: learning curves by steps and by time, aggregates with rliable, a table in Markdown.
+
+Writes ``<suite>_curves.png``, ``<suite>_aggregate.png`` and ``<suite>.md``. Scores are returns on the suite's scale for the
+task (0 and 1 are its ``score``); intervals are 95 % bootstrap intervals, stratified by task.
+
+    python benchmarks/report.py benchmarks/suites/cpu.yml
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import seaborn
+from evaluation import MODES
+from rliable import library as rly
+from rliable import metrics, plot_utils
+from run import RESULTS
+from suite import KEYS, read_suite
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+IMAGES = Path(__file__).parent.parent / "docs" / "images"
+REPETITIONS = 2000
+PALETTE = "colorblind"
+# What rliable calls its bootstrap with
+warnings.filterwarnings("ignore", message="random_state is deprecated", category=FutureWarning)
+
+
+def read_results(path: Path, suite: dict[str, Any]) -> pd.DataFrame:
+    """
+    :param path: CSV file of ``run.py``
+    :param suite: From ``read_suite``
+    :return: The rows of the suite's algorithms, tasks and seeds with their ``score``
+    :raises ValueError: If runs of the suite are missing
+    """
+    rows = pd.read_csv(path)
+    for column in KEYS:
+        rows = rows[rows[column].isin(suite[f"{column}s"])]
+    expected = len(suite["algorithms"]) * len(suite["tasks"]) * len(suite["seeds"])
+    found = len(rows[KEYS].drop_duplicates())
+    if found < expected:
+        raise ValueError(f"{path} holds {found} of the suite's {expected} runs: `python benchmarks/run.py` does the others.")
+    low, high = (rows["task"].map({task: settings["score"][i] for task, settings in suite["tasks"].items()}) for i in (0, 1))
+    return rows.assign(score=(rows["return"] - low) / (high - low))
+
+
+def scores(rows: pd.DataFrame, suite: dict[str, Any], mode: str, at_end: bool) -> dict[str, np.ndarray]:
+    """
+    :param rows: From ``read_results``
+    :param suite: The suite
+    :param mode: "deterministic" or "sample"
+    :param at_end: The last evaluation's score, or the mean over all evaluations (the area under the learning curve)
+    :return: By algorithm, shape (seeds, tasks)
+    """
+    chosen = rows[rows["mode"] == mode].sort_values("step").groupby(KEYS)["score"]
+    per_run = chosen.last() if at_end else chosen.mean()
+    return {name: per_run[name].unstack("task")[list(suite["tasks"])].to_numpy() for name in suite["algorithms"]}
+
+
+def interquartile_means(by_algorithm: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """
+    :param by_algorithm: From ``scores``
+    :return: The mean of the middle half of all runs, shape (1,), and its interval, shape (2, 1), by algorithm
+    """
+    return rly.get_interval_estimates(
+        by_algorithm,
+        lambda values: np.array([metrics.aggregate_iqm(values)]),
+        reps=REPETITIONS,
+        random_state=np.random.RandomState(0),
+    )
+
+
+def improvements(by_algorithm: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """
+    :param by_algorithm: From ``scores``
+    :return: Probability that a run of the first algorithm is better than one of another, and its interval, by "first|other"
+    """
+    first, *others = by_algorithm
+    return rly.get_interval_estimates(
+        {f"{first}|{other}": (by_algorithm[first], by_algorithm[other]) for other in others},
+        metrics.probability_of_improvement,
+        reps=REPETITIONS,
+        random_state=np.random.RandomState(0),
+    )
+
+
+def draw_curves(rows: pd.DataFrame, suite: dict[str, Any], path: Path) -> None:
+    """
+    Returns against steps in both ways of acting, and against time.
+
+    :param rows: From ``read_results``
+    :param suite: The suite
+    :param path: The picture's
+    """
+    # Seeds take different times: a curve by time is over the mean time at a step
+    times = rows.groupby(["algorithm", "task", "step"])["seconds"].transform("mean")
+    rows = rows.assign(minutes=times / 60)
+    panels = [("step", "deterministic"), ("step", "sample"), ("minutes", "deterministic")]
+    tasks = list(suite["tasks"])
+    figure, axes = plt.subplots(
+        len(panels), len(tasks), figsize=(3.6 * len(tasks), 2.7 * len(panels)), squeeze=False, layout="constrained"
+    )
+    for i, (x, mode) in enumerate(panels):
+        for j, task in enumerate(tasks):
+            axis = axes[i, j]
+            seaborn.lineplot(
+                rows[(rows["task"] == task) & (rows["mode"] == mode)],
+                x=x,
+                y="return",
+                hue="algorithm",
+                hue_order=list(suite["algorithms"]),
+                palette=PALETTE,
+                errorbar=("ci", 95),
+                seed=0,
+                ax=axis,
+                legend="auto" if i == j == 0 else False,
+            )
+            axis.set(
+                xlabel={"step": "environment steps", "minutes": "minutes of training"}[x],
+                ylabel=f"return, {mode}" if j == 0 else "",
+                title=task if i == 0 else "",
+            )
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def draw_aggregate(rows: pd.DataFrame, suite: dict[str, Any], path: Path) -> None:
+    """
+    Interquartile mean against steps, performance profiles, probability of improvement.
+
+    :param rows: From ``read_results``
+    :param suite: The suite
+    :param path: The picture's
+    """
+    names = list(suite["algorithms"])
+    colors = seaborn.color_palette(PALETTE, n_colors=len(names))
+    figure, axes = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
+    small: dict[str, Any] = dict(labelsize="medium", ticklabelsize="medium")
+    for line, mode in zip(axes, MODES, strict=True):
+        chosen = rows[rows["mode"] == mode].copy()
+        # Tasks may have different lengths: evaluations are counted
+        chosen["evaluation"] = chosen.groupby(KEYS)["step"].rank().astype(int)
+        n = int(chosen["evaluation"].max())
+        curves = {
+            name: np.stack(
+                [
+                    chosen[(chosen["algorithm"] == name) & (chosen["evaluation"] == k + 1)]
+                    .pivot(index="seed", columns="task", values="score")
+                    .to_numpy()
+                    for k in range(n)
+                ],
+                axis=-1,
+            )
+            for name in names
+        }
+        estimates, intervals = rly.get_interval_estimates(
+            curves,
+            lambda values: np.array([metrics.aggregate_iqm(values[..., k]) for k in range(values.shape[-1])]),
+            reps=REPETITIONS // 4,
+            random_state=np.random.RandomState(0),
+        )
+        plot_utils.plot_sample_efficiency_curve(
+            np.arange(1, n + 1) / n,
+            estimates,
+            intervals,
+            algorithms=names,
+            ax=line[0],
+            xlabel="share of the steps",
+            ylabel=f"IQM of the score, {mode}",
+            **small,
+        )
+        last = scores(rows, suite, mode, at_end=True)
+        values = np.concatenate([values.ravel() for values in last.values()])
+        tau = np.linspace(values.min(), values.max(), 101)
+        profiles, bands = rly.create_performance_profile(last, tau, reps=REPETITIONS // 4)
+        plot_utils.plot_performance_profiles(profiles, tau, bands, ax=line[1], xlabel="score", **small)
+        line[1].set_ylabel("share of runs above it")
+        if len(names) > 1:
+            plot_utils.plot_probability_of_improvement(
+                *improvements(last), pair_separator="|", colors=colors[1:], ax=line[2], xlabel="P(X better than Y)", **small
+            )
+            line[2].set_xlim(0, 1)
+    lines = [plt.Line2D([], [], color=color, label=name) for name, color in zip(names, colors, strict=True)]
+    figure.legend(handles=lines, loc="outside lower center", ncols=6)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def table(rows: pd.DataFrame, suite: dict[str, Any]) -> str:
+    """
+    :param rows: From ``read_results``
+    :param suite: The suite
+    :return: Markdown: aggregates and the return on each task at the end, "deterministic / sample"
+    """
+    modes = list(MODES)
+    aggregates = {
+        (mode, at_end): interquartile_means(scores(rows, suite, mode, at_end)) for mode in modes for at_end in (True, False)
+    }
+    better, _ = improvements(scores(rows, suite, modes[0], at_end=True))
+    first = next(iter(suite["algorithms"]))
+    last = rows.sort_values("step").groupby([*KEYS, "mode"]).last()
+    returns = last.groupby(["algorithm", "task", "mode"])["return"].agg(["mean", "std"])
+    minutes = last.groupby("algorithm")["seconds"].median() / 60
+    heads = ["", "IQM at the end", "same, sample", "IQM over training", f"P({first} better)", "minutes", *suite["tasks"]]
+    lines = [heads, ["---"] * len(heads)]
+    for name in suite["algorithms"]:
+        cells = [name]
+        for key in ((modes[0], True), (modes[1], True), (modes[0], False)):
+            estimate, interval = (values[name] for values in aggregates[key])
+            cells.append(f"{estimate[0]:.2f} [{interval[0, 0]:.2f}, {interval[1, 0]:.2f}]")
+        cells += [f"{better[f'{first}|{name}'].item():.2f}" if name != first else "", f"{minutes[name]:.1f}"]
+        for task in suite["tasks"]:
+            values = [returns.loc[name, task, mode] for mode in modes]
+            digits = 1 if abs(values[0]["mean"]) < 100 else 0
+            cells.append(" / ".join(f"{value['mean']:.{digits}f} ± {value['std']:.{digits}f}" for value in values))
+        lines.append(cells)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suite", type=Path, help="YAML file")
+    parser.add_argument("--input", type=Path, help="CSV file of run.py (default: benchmarks/results/<suite>.csv)")
+    parser.add_argument("--images", type=Path, default=IMAGES, help="folder for the pictures (default: docs/images)")
+    parser.add_argument("--table", type=Path, help="Markdown file (default: benchmarks/results/<suite>.md)")
+    options = parser.parse_args(arguments)
+    name, suite = options.suite.stem, read_suite(options.suite)
+    rows = read_results(options.input or RESULTS / f"{name}.csv", suite)
+    options.images.mkdir(parents=True, exist_ok=True)
+    draw_curves(rows, suite, options.images / f"{name}_curves.png")
+    draw_aggregate(rows, suite, options.images / f"{name}_aggregate.png")
+    text = table(rows, suite)
+    (options.table or RESULTS / f"{name}.md").write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

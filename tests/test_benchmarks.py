@@ -1,0 +1,213 @@
+"""Benchmark runs: suites, runner (interrupted, and on a real Ray cluster), reports with known answers."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import report
+import run
+import suite as suites
+import yaml
+from ray.cluster_utils import Cluster
+from scipy.stats import trim_mean
+
+BENCHMARKS = Path(run.__file__).parent
+SUITES = sorted((BENCHMARKS / "suites").glob("*.yml"))
+TINY: dict[str, Any] = {
+    "steps": 200,
+    "evaluations": 2,
+    "episodes": 1,
+    "seeds": [0],
+    "params": {"learning_starts": 50, "batch_size": 16, "policy_kwargs": {"net_arch": [8]}},
+    "tasks": {"Pendulum-v1": {"score": [-1230, -150]}},
+    "algorithms": {"MFPO": {"algo": "mfpo"}},
+}
+
+
+def write_suite(folder: Path, **changes: Any) -> Path:
+    path = folder / "tiny.yml"
+    path.write_text(yaml.safe_dump(TINY | changes))
+    return path
+
+
+def arguments(folder: Path, path: Path) -> list[str]:
+    return [str(path), "--output", str(folder / "results.csv"), "--folder", str(folder / "runs")]
+
+
+def test_the_whole_path(tmp_path: Path) -> None:
+    smoke = BENCHMARKS / "suites" / "smoke.yml"
+    assert run.main([*arguments(tmp_path, smoke), "--workers", "2"]) == 0
+    rows = pd.read_csv(tmp_path / "results.csv")
+    assert not rows.duplicated([*suites.KEYS, "step", "mode"]).any()
+    assert (rows.groupby(suites.KEYS).size() == 4).all() and len(rows) == 6 * 4
+    assert set(rows["step"]) == {150, 300} and np.isfinite(rows["return"]).all() and (rows["seconds"] > 0).all()
+    assert rows["versions"].str.contains("torch").all() and rows["hardware"].notna().all() and rows["commit"].notna().all()
+
+    before = (tmp_path / "results.csv").stat().st_mtime_ns
+    start = time.monotonic()
+    assert run.main(arguments(tmp_path, smoke)) == 0
+    assert time.monotonic() - start < 2 and (tmp_path / "results.csv").stat().st_mtime_ns == before, "finished runs again"
+
+    table = tmp_path / "smoke.md"
+    report.main([str(smoke), "--input", str(tmp_path / "results.csv"), "--images", str(tmp_path), "--table", str(table)])
+    assert len(table.read_text().splitlines()) == 2 + 6
+    for name in ("curves", "aggregate"):
+        assert (tmp_path / f"smoke_{name}.png").stat().st_size > 20_000
+
+
+def test_an_interrupted_suite_goes_on_from_the_checkpoint(tmp_path: Path) -> None:
+    path = write_suite(tmp_path, steps=2000)
+    command = [sys.executable, str(BENCHMARKS / "run.py"), *arguments(tmp_path, path)]
+    folder = suites.folder_of(suites.runs_of(suites.read_suite(path))[0], tmp_path / "runs")
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    while not (folder / "evaluations.csv").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() != 0 and not (tmp_path / "results.csv").exists()
+    newest = max(int(path.stem.split("_")[1]) for path in folder.glob("run_*_steps.zip"))
+    assert 1000 <= newest < 2000
+
+    assert run.main(arguments(tmp_path, path)) == 0
+    rows = pd.read_csv(tmp_path / "results.csv")
+    assert list(rows["step"]) == [1000, 1000, 2000, 2000] and rows["seconds"].is_monotonic_increasing
+    assert "Loading pretrained agent" in (folder / "log.txt").read_text()
+    assert not list(folder.glob("run_*_steps.zip")), "checkpoints of a finished run"
+
+
+def test_a_run_that_fails_is_reported_and_tried_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    algorithms = {"SAC": {"algo": "sac"}, "broken": {"algo": "sac", "params": {"gamma": "'high'"}}}
+    path = write_suite(tmp_path, algorithms=algorithms, steps=60)
+    assert run.main(arguments(tmp_path, path)) == 1
+    error = capsys.readouterr().err
+    assert "broken on Pendulum-v1, seed 0, ended with code 1" in error and "log.txt" in error
+    assert set(pd.read_csv(tmp_path / "results.csv")["algorithm"]) == {"SAC"}
+    algorithms["broken"]["params"] = {"gamma": 0.9}
+    assert run.main(arguments(tmp_path, write_suite(tmp_path, algorithms=algorithms, steps=60))) == 0
+    assert set(pd.read_csv(tmp_path / "results.csv")["algorithm"]) == {"SAC", "broken"}
+
+
+def test_two_nodes_of_a_ray_cluster_share_the_runs(tmp_path: Path) -> None:
+    # A run needs a processor, of which each node has one, and half of a GPU
+    path = write_suite(tmp_path, seeds=[0, 1], steps=400)
+    cluster = Cluster()
+    try:
+        for _ in range(2):
+            cluster.add_node(num_cpus=1, num_gpus=1, include_dashboard=False)
+        assert run.main([*arguments(tmp_path, path), "--ray-address", cluster.address, "--gpus-per-run", "0.5"]) == 0
+    finally:
+        cluster.shutdown()
+    rows = pd.read_csv(tmp_path / "results.csv")
+    assert sorted(rows["seed"].unique()) == [0, 1] and len(rows) == 2 * 4
+    starts, ends = [], []
+    for folder in (tmp_path / "runs" / "MFPO" / "Pendulum-v1").iterdir():
+        (monitor,) = folder.glob("mfpo/Pendulum-v1_1/0.monitor.csv")
+        starts.append(json.loads(monitor.read_text().splitlines()[0].removeprefix("#"))["t_start"])
+        ends.append((folder / "evaluations.csv").stat().st_mtime)
+    assert max(starts) < min(ends), "one after the other"
+
+
+def test_later_hyperparameters_go_first(tmp_path: Path) -> None:
+    path = write_suite(
+        tmp_path,
+        params={"gamma": 0.1, "tau": 0.1, "batch_size": 1, "policy_kwargs": {"net_arch": [8]}},
+        tasks={"Pendulum-v1": {"params": {"gamma": 0.2, "tau": 0.2}, "steps": 30}, "Reacher-v5": None},
+        algorithms={
+            "A": {"algo": "mfpo", "params": {"gamma": 0.3, "policy_kwargs": {"v_max": 7}}},
+            "B": {"algo": "sac", "params": {"gamma": 0.3}, "tasks": {"Pendulum-v1": {"gamma": 0.4}}},
+        },
+    )
+    first, second, third, fourth = suites.runs_of(suites.read_suite(path))
+    # v_min is the zoo's
+    assert first.params == dict(gamma=0.3, tau=0.2, batch_size=1, policy_kwargs=dict(net_arch=[8], v_min=-350, v_max=7))
+    assert second.params == dict(gamma=0.4, tau=0.2, batch_size=1, policy_kwargs=dict(net_arch=[8]))
+    assert (first.key, first.steps, first.every) == (("A", "Pendulum-v1", 0), 30, 15)
+    assert third.params["tau"] == 0.1 and third.steps == 200 and fourth.params["gamma"] == 0.3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": {}}, "a suite has .*'task'"),
+        ({"algorithms": {"A": {"params": {}}}}, "'A' needs `algo`"),
+        ({"algorithms": {"A": {"algo": "sac", "param": {}}}}, "'A' needs `algo`, and may have .*'param'"),
+    ],
+)
+def test_a_suite_that_is_wrong(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        suites.read_suite(write_suite(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
+def test_shipped_suites(path: Path) -> None:
+    """Every run's command can be written, tasks exist, and every hyperparameter is an argument of its algorithm."""
+    import inspect
+
+    import gymnasium as gym
+    from rl_zoo3.utils import ALGOS
+
+    from sb3_mfpo.envs import register_dm_control
+    from sb3_mfpo.zoo.registration import register
+
+    register_dm_control()
+    register()
+    suite = suites.read_suite(path)
+    for task, settings in suite["tasks"].items():
+        low, high = settings["score"]
+        assert gym.spec(task) and low < high
+    for one in suites.runs_of(suite):
+        assert one.params.keys() <= inspect.signature(ALGOS[one.algo].__init__).parameters.keys()
+        assert len(suites.command_of(one, Path("folder"), "cpu")) > 10
+
+
+def made_up(path: Path, returns: dict[str, list[list[float]]]) -> pd.DataFrame:
+    """A results file with these returns by algorithm, seed and evaluation, in both modes, the sample's lower by 100."""
+    rows = [
+        dict(algorithm=name, task="Pendulum-v1", seed=seed, step=step + 1, seconds=60 * (step + 1), mode=mode)
+        | {"return": value - 100 * (mode == "sample")}
+        for name, seeds in returns.items()
+        for seed, values in enumerate(seeds)
+        for step, value in enumerate(values)
+        for mode in report.MODES
+    ]
+    table = pd.DataFrame(rows)
+    table.to_csv(path, index=False)
+    return table
+
+
+def test_aggregates_against_their_definitions(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    returns = {"A": generator.uniform(0, 1000, (8, 3)).tolist(), "B": generator.uniform(500, 1500, (8, 3)).tolist()}
+    made_up(tmp_path / "results.csv", returns)
+    algorithms = {name: {"algo": "sac"} for name in returns}
+    suite = TINY | dict(algorithms=algorithms, seeds=list(range(8)), tasks={"Pendulum-v1": {"score": [0, 2000]}})
+    rows = report.read_results(tmp_path / "results.csv", suite)
+    last = report.scores(rows, suite, "deterministic", at_end=True)
+    mean = report.scores(rows, suite, "sample", at_end=False)
+    for name, values in returns.items():
+        np.testing.assert_allclose(np.sort(last[name][:, 0]), np.sort(np.array(values)[:, -1]) / 2000, rtol=1e-6)
+        np.testing.assert_allclose(np.sort(mean[name][:, 0]), np.sort(np.array(values).mean(1) - 100) / 2000, rtol=1e-6)
+        estimates, intervals = report.interquartile_means(last)
+        assert estimates[name][0] == pytest.approx(trim_mean(last[name], 0.25, axis=None))
+        assert intervals[name][0, 0] < estimates[name][0] < intervals[name][1, 0]
+    better, _ = report.improvements(last)
+    pairs = np.array(returns["A"])[:, -1, None] > np.array(returns["B"])[None, :, -1]
+    assert better["A|B"].item() == pytest.approx(pairs.mean())
+    line = report.table(rows, suite).splitlines()[2]
+    a = np.array(returns["A"])[:, -1]
+    assert f"| {a.mean():.0f} ± {a.std(ddof=1):.0f} / {a.mean() - 100:.0f} ± {a.std(ddof=1):.0f} |" in line
+    assert "| 3.0 |" in line
+
+
+def test_a_report_needs_all_runs(tmp_path: Path) -> None:
+    made_up(tmp_path / "results.csv", {"MFPO": [[1.0]]})
+    with pytest.raises(ValueError, match="1 of the suite's 2 runs"):
+        report.read_results(tmp_path / "results.csv", TINY | {"seeds": [0, 1]})
