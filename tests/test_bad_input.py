@@ -117,6 +117,7 @@ def test_algorithm_arguments(algorithm: Algorithm, kwargs: dict[str, Any], messa
         (dict(net_arch=dict(pi=[8], qf=[])), "`net_arch` needs a hidden layer"),
         (dict(net_arch=[16, 0]), "`net_arch` must be an integer of at least 1, not 0"),
         (dict(critic_type="quantile"), "`critic_type`"),
+        (dict(value_init="wide"), "`value_init`"),
     ],
     ids=str,
 )

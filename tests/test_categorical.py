@@ -54,6 +54,30 @@ def test_clipped_mass_is_what_lies_outside() -> None:
     assert categorical.clipped_mass(probs, atoms, atoms).item() == 0
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "mean", "spread"),
+    # Sums over k of exp(-k^2 / 2) by hand; beyond the support there is only one side
+    [(-10, 10, 0, 1), (-20, 40, 0, 1), (5, 9, 5 + 0.5202 * 0.04, 0.8455), (-9, -5, -5 - 0.5202 * 0.04, 0.8455)],
+)
+def test_narrow_start(low: float, high: float, mean: float, spread: float) -> None:
+    atoms = th.linspace(low, high, 101)
+    probs = categorical.narrow_logits(atoms).softmax(-1)
+    centre, width = min(max(0, low), high), (high - low) / 100
+    assert categorical.expected_value(probs, atoms).item() == pytest.approx(mean, abs=0.03 * width)
+    assert (probs * (atoms - centre).square()).sum().sqrt().item() == pytest.approx(spread * width, rel=0.03)
+
+
+def test_backups_narrow_a_wide_distribution_by_the_discount() -> None:
+    """What a uniform start has to wait for: the width falls by gamma with every backup."""
+    atoms = th.linspace(-1600, 1600, 101)
+    probs = th.full((1, 101), 1 / 101)
+    for _ in range(70):
+        positions = categorical.bellman_atoms(th.zeros(1, 1), 0.99, th.zeros(1, 1), atoms)
+        probs = categorical.project(probs, positions, atoms)
+    width = (probs * atoms.square()).sum().sqrt().item()
+    assert width == pytest.approx(0.99**70 * (atoms.square().mean()).sqrt().item(), rel=0.02)
+
+
 def test_backup_of_a_terminal_state_is_the_reward() -> None:
     positions = categorical.bellman_atoms(th.tensor([[3.0]]), th.zeros(1, 1), th.tensor([[7.0]]), ATOMS)
     assert (positions == 3).all()

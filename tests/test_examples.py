@@ -118,26 +118,6 @@ def test_soak_benchmark(tmp_path: Path) -> None:
         assert ("log_prob_error" in part) == (name == "MFPO")
 
 
-def test_som_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Search, comparison and report, with few steps and one seed."""
-    som = load("som", EXAMPLES.parent / "benchmarks")
-    tasks = {name: {**settings, "steps": 20, "episodes": 1} for name, settings in som.TASKS.items()}
-    monkeypatch.setattr(som, "TASKS", tasks)
-    monkeypatch.setattr(som, "SHARED", {**som.SHARED, "learning_starts": 15})
-    monkeypatch.setattr(som, "RESULTS", tmp_path)
-    seconds = dict.fromkeys(tasks, 0.0)
-    monkeypatch.setattr(som, "TIME", dict.fromkeys(tasks, 1.0))
-    grid: dict[str, list[Any]] = dict(seed=[0], task=list(tasks))
-    som.work({"search": {**grid, "setting": ["3, 4"], "algorithm": ["SOM"]}}, seconds, tmp_path)
-    som.work({name: {**grid, "algorithm": [name]} for name in som.ALGORITHMS}, seconds, tmp_path)
-    som.report(tmp_path, picture=tmp_path / "som.png")
-    assert is_png(tmp_path / "som.png")
-    header, *rows = (tmp_path / "som_compare.csv").read_text().splitlines()
-    assert set(header.split(",")) == {"seed", "task", "algorithm", "step", "seconds", "mode", "return"}
-    assert {row.split(",")[2] for row in rows} >= {"SAC", "SOM", "MFPO"}
-    assert len((tmp_path / "som_search.csv").read_text().splitlines()) == 1 + 2 * (9 + 4 + 1)
-
-
 def test_multimodal_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     results = load("multimodal").main(ARGUMENTS["multimodal"])

@@ -175,6 +175,7 @@ def trainings(draw: Any, algorithm: Algorithm) -> tuple[RandomEnv, dict[str, Any
         time_fourier_dim=2 * draw(st.integers(1, 4)),
         time_embedding_dim=draw(st.integers(1, 6)),
         critic_type=draw(st.sampled_from(["categorical", "scalar"])),
+        value_init=draw(st.sampled_from(["uniform", "narrow"])),
         sampling_steps=draw(st.integers(1, 4)),
         n_action_candidates=draw(st.integers(1, 5)),
         n_critics=draw(st.integers(1, 3)),

@@ -707,6 +707,19 @@ def test_variants_train_save_and_load(algorithm: Algorithm, tmp_path: Path, kwar
     assert_equal(state_of(model), state_of(loaded))
 
 
+def test_narrow_start_of_the_values(algorithm: Algorithm) -> None:
+    """All values are 0 at first, whatever the state and the action; they differ once something was learned."""
+    model = make_model(algorithm, policy_kwargs=dict(value_init="narrow", v_min=-100, v_max=100))
+    observations, actions = th.randn(50, 3), th.rand(50, 2) * 2 - 1
+    with th.no_grad():
+        before = th.stack(model.policy.critic(observations, actions))
+    assert before.abs().max() < 1e-4
+    model.learn(80)
+    with th.no_grad():
+        after = th.stack(model.policy.critic(observations, actions))
+    assert after.std(dim=1).min() > 1e-3
+
+
 def test_scalar_critic_regresses_on_the_soft_value(algorithm: Algorithm) -> None:
     """One terminal transition, many steps: both critics learn its reward."""
     model = make_model(

@@ -49,9 +49,9 @@ def narrow_logits(atoms: th.Tensor) -> th.Tensor:
     """
     A normal distribution around 0, or what of the support is next to it, with the distance of two atoms as standard deviation.
 
-    Where value distributions start so, values start as 0. A distribution that starts uniform only narrows by the discount each
-    time the target critics have followed, half of it in ln 2 / ((1 - gamma) tau) gradient steps (14 000 with gamma 0.99 and tau
-    0.005), and hides differences between values meanwhile. (Ours; the paper's start nearly uniform.)
+    Where value distributions start so, values start as 0. One that starts uniform narrows by the factor gamma each time that
+    the target critics have followed, to half its width in about ln 2 / ((1 - gamma) tau) gradient steps (14 000 with gamma
+    0.99 and tau 0.005), and hides differences between values meanwhile. (Ours; the paper's start nearly uniform.)
 
     :param atoms: Evenly spaced support, in units of return, shape (n_atoms,)
     :return: Logits, shape (n_atoms,)
