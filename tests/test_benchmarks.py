@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import estimators
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,6 +19,9 @@ import suite as suites
 import yaml
 from ray.cluster_utils import Cluster
 from scipy.stats import trim_mean
+
+from sb3_mfpo import MFPO
+from tests.helpers import make_model
 
 BENCHMARKS = Path(run.__file__).parent
 SUITES = sorted((BENCHMARKS / "suites").glob("*.yml"))
@@ -211,3 +215,18 @@ def test_a_report_needs_all_runs(tmp_path: Path) -> None:
     made_up(tmp_path / "results.csv", {"MFPO": [[1.0]]})
     with pytest.raises(ValueError, match="1 of the suite's 2 runs"):
         report.read_results(tmp_path / "results.csv", TINY | {"seeds": [0, 1]})
+
+
+def test_estimators(tmp_path: Path) -> None:
+    model = make_model(MFPO, env="Pendulum-v1", policy_kwargs=dict(value_init="narrow"))
+    model.save(tmp_path / "model.zip")
+    arguments = [str(tmp_path / "model.zip"), "Pendulum-v1", "--states", "8", "--repetitions", "3"]
+    rows = estimators.main([*arguments, "--output", str(tmp_path / "out.csv"), "--picture", str(tmp_path / "out.png")])
+    assert (tmp_path / "out.png").stat().st_size > 20_000 and len(pd.read_csv(tmp_path / "out.csv")) == 19 * 4
+    sizes = rows.groupby("estimator")["effective sample size"]
+    # All values are 0 here: every action of the Gaussian proposal weighs the same
+    assert sizes.min()["Gaussian"] == pytest.approx(model.n_gaussian_samples) == sizes.max()["Gaussian"]
+    assert 1 <= sizes.min()["policy"] <= sizes.max()["policy"] <= model.n_policy_samples
+    # Near the action only the action itself fits, and it is not a fresh proposal
+    near = rows[rows["t"] == rows["t"].min()].set_index("estimator")
+    assert near.loc["Gaussian", "error"] < near.loc["policy", "error"]
