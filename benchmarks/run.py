@@ -153,7 +153,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     # As Ctrl-C: the runs write checkpoints
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    return min(run_suite(options), 1)
+    try:
+        return min(run_suite(options), 1)
+    except KeyboardInterrupt:
+        print("Interrupted: the same command does what is missing.", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -102,9 +102,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     th.set_num_threads(1)
     # The figures are what is looked at here
     warnings.filterwarnings("ignore", message=".*divergence network's log-probabilities are off")
-    tables = {name: soak(name, options.steps) for name in options.algorithms}
-    if options.output:
-        pd.concat(tables.values()).to_csv(options.output, index=False)
+    tables: dict[str, pd.DataFrame] = {}
+    for name in options.algorithms:
+        tables[name] = soak(name, options.steps)
+        if options.output:
+            pd.concat(tables.values()).to_csv(options.output, index=False)
     names = ("torch", "stable-baselines3", "sb3-mfpo", "gymnasium", "numpy")
     results = {"versions": {"python": platform.python_version()} | {name: version(name) for name in names}}
     results |= {f"{name}: first, lowest, highest after the warm-up": summary(rows) for name, rows in tables.items()}
