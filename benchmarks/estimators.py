@@ -143,8 +143,18 @@ def draw(rows: pd.DataFrame, title: str, path: Path) -> None:
     columns = ("effective sample size", "standard deviation", "error")
     figure, axes = plt.subplots(1, len(columns), figsize=(13, 3.8), layout="constrained")
     for axis, column in zip(axes, columns, strict=True):
+        # The combination has no sample size of its own
+        shown = rows[(rows["estimator"] != "combined") | (column != columns[0])]
         seaborn.lineplot(
-            rows, x="t", y=column, hue="estimator", palette="colorblind", marker="o", ax=axis, legend=axis is axes[0]
+            shown,
+            x="t",
+            y=column,
+            hue="estimator",
+            hue_order=ESTIMATORS,
+            palette="colorblind",
+            marker="o",
+            ax=axis,
+            legend=axis is axes[1],
         )
         axis.set_xlabel("t (1 is noise)")
     for axis in axes[1:]:
@@ -158,8 +168,8 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="a model of MFPO")
     parser.add_argument("env", help="its task")
-    parser.add_argument("--states", type=int, default=256)
-    parser.add_argument("--repetitions", type=int, default=64)
+    parser.add_argument("--states", type=int, default=128)
+    parser.add_argument("--repetitions", type=int, default=32)
     parser.add_argument("--output", type=Path, default=RESULTS / "estimators.csv")
     parser.add_argument("--picture", type=Path, default=IMAGES / "estimators.png")
     options = parser.parse_args(arguments)
