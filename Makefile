@@ -9,9 +9,9 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/python examples/quickstart.py
 
-# The whole test-suite
+# The whole test-suite, a file per core at a time
 test: $(READY)
-	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
 
 # What takes too long for every change: the toy at full size, 50 kills, hundreds of drawn trainings
 nightly: $(READY)
