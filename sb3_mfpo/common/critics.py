@@ -180,7 +180,7 @@ class CategoricalCritic(Critic):
         self.register_buffer("atoms", atoms)
         if value_init == "narrow":
             for q_network in self.q_networks:
-                output_layer: Any = q_network.body[-1]  # type: ignore[index,union-attr]
+                output_layer: Any = q_network.body[-1]  # type: ignore[index]
                 nn.init.zeros_(output_layer.weight)
                 with th.no_grad():
                     output_layer.bias.copy_(categorical.narrow_logits(atoms))
