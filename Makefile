@@ -11,7 +11,8 @@ demo: $(READY)
 
 # The whole test-suite, a file per core at a time
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations=20 \
+		--cov --cov-report=term-missing:skip-covered --cov-fail-under=95
 
 # What takes too long for every change: the toy at full size, 50 kills, hundreds of drawn trainings
 nightly: $(READY)

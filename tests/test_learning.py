@@ -46,7 +46,7 @@ def learn_to_reach(algorithm: Algorithm, compile_step: bool = False) -> tuple[An
     return model, single_sample, best_of_ten  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("compile_step", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("compile_step", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["eager", "compiled"])
 def test_mfpo_learns_to_reach(compile_step: bool) -> None:
     """
     A broken critic or actor leaves a single sample of the policy near random (best-of-N alone, with a good critic, would

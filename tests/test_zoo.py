@@ -19,6 +19,7 @@ import rl_zoo3.plots
 import yaml
 from rl_zoo3 import hyperparams_opt, utils
 from rl_zoo3.exp_manager import ExperimentManager
+from stable_baselines3 import SAC
 
 from sb3_mfpo import MFPO, SOM
 from sb3_mfpo.envs import ReadyEntryPoint, register_dm_control
@@ -291,7 +292,8 @@ def test_registration() -> None:
     register_dm_control()
     register()
     register()
-    assert utils.ALGOS["mfpo"] is MFPO and utils.ALGOS["som"] is SOM and utils.ALGOS["sac"].__name__ == "SAC"
+    for name, algorithm in {"mfpo": MFPO, "som": SOM, "sac": SAC}.items():
+        assert issubclass(utils.ALGOS[name], algorithm) and utils.ALGOS[name].__name__ == algorithm.__name__
     assert set(ALGORITHMS) <= set(hyperparams_opt.HYPERPARAMS_SAMPLER) & set(hyperparams_opt.HYPERPARAMS_CONVERTER)
     entry_point = gym.spec("dm_control/dog-run-v0").entry_point
     assert isinstance(entry_point, ReadyEntryPoint) and not isinstance(entry_point.entry_point, ReadyEntryPoint)
