@@ -17,7 +17,20 @@ from sb3_mfpo import MFPO
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ARGUMENTS = {
     "quickstart": ["--steps", "520", "--output", "out"],
-    "compare": ["--env", "Reacher-v5", "--steps", "220", "--seeds", "0", "1", "--params", "learning_starts:200"],
+    "compare": [
+        "--env",
+        "Reacher-v5",
+        "--algos",
+        "mfpo",
+        "td3",
+        "--steps",
+        "220",
+        "--seeds",
+        "0",
+        "1",
+        "--params",
+        "learning_starts:200",
+    ],
     "multimodal": ["--updates", "5", "--samples", "200", "--output", "out.png"],
 }
 
@@ -80,14 +93,14 @@ def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
 def test_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.chdir(tmp_path)
     table = load("compare").main(ARGUMENTS["compare"])
-    assert set(table["algorithm"]) == {"MFPO", "SOM", "SAC", "TD3"} and set(table["seed"]) == {0, 1}
+    assert set(table["algorithm"]) == {"MFPO", "TD3"} and set(table["seed"]) == {0, 1}
     # 20 evaluations at the same steps, for everybody
     assert (table.groupby(["algorithm", "seed"]).size() == 20).all()
     assert table["environment steps"].nunique() == 20
     assert is_png(tmp_path / "compare" / "comparison.png")
     capsys.readouterr()
     load("compare").main(ARGUMENTS["compare"])
-    assert capsys.readouterr().out.count("done before") == 8
+    assert capsys.readouterr().out.count("done before") == 4
 
 
 def test_speed_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -96,7 +109,7 @@ def test_speed_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     speed.main(["--quick", "--output", str(output)])
     results = json.loads(output.read_text())
     (part,) = results["tasks"].values()
-    algorithms = {"SAC", "TD3", "TQC", "MFPO", "MFPO, compiled", "MFPO, plain", "SOM"}
+    algorithms = {"SAC", "TD3", "TQC", "MFPO", "MFPO, plain", "SOM"}
     loop = results["whole loop, HalfCheetah-v5"]
     assert algorithms <= set(part["gradient step"]) == set(loop)
     timings = [part["gradient step"], loop, *(part[f"action, batch of {batch}"] for batch in (1, 16, 256))]
@@ -110,7 +123,7 @@ def test_speed_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 
 
 def test_soak_benchmark(tmp_path: Path) -> None:
-    results = load("soak", EXAMPLES.parent / "benchmarks").main(["--steps", "1000", "--output", str(tmp_path / "soak.csv")])
+    results = load("soak", EXAMPLES.parent / "benchmarks").main(["--steps", "600", "--output", str(tmp_path / "soak.csv")])
     assert len((tmp_path / "soak.csv").read_text().splitlines()) == 201
     for name in ("MFPO", "SOM"):
         part = results[f"{name}: first, lowest, highest after the warm-up"]
