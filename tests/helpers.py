@@ -15,10 +15,9 @@ from sb3_mfpo.common.off_policy import FlowAlgorithm
 Algorithm = type[FlowAlgorithm]
 ALGORITHMS: list[Algorithm] = [MFPO, SOM]
 
-# Small networks and few samples: the shapes of everything stay different from each other. Critics that tell actions apart
-# before they have learned anything.
+# Small networks and few samples: the shapes of everything stay different from each other.
 SMALL_POLICY: dict[str, Any] = dict(
-    net_arch=[16, 12], time_fourier_dim=8, time_embedding_dim=6, n_atoms=11, v_min=-300, v_max=300, value_init="uniform"
+    net_arch=[16, 12], time_fourier_dim=8, time_embedding_dim=6, n_atoms=11, v_min=-300, v_max=300
 )
 COMMON: dict[str, Any] = dict(learning_starts=10, buffer_size=500, batch_size=8, device="cpu")
 SMALL: dict[Algorithm, dict[str, Any]] = {

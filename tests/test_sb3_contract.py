@@ -708,7 +708,7 @@ def test_variants_train_save_and_load(algorithm: Algorithm, tmp_path: Path, kwar
 
 
 def test_narrow_start_of_the_values(algorithm: Algorithm) -> None:
-    """All values are 0 at first, whatever the state and the action; they differ once something was learned."""
+    """All values are 0 at first, whatever the state and the action; they differ, and move, once something was learned."""
     model = make_model(algorithm, policy_kwargs=dict(value_init="narrow", v_min=-100, v_max=100))
     observations, actions = th.randn(50, 3), th.rand(50, 2) * 2 - 1
     with th.no_grad():

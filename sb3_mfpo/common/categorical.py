@@ -47,7 +47,8 @@ def reduce_values(values: th.Tensor, reduction: str) -> th.Tensor:
 
 def narrow_logits(atoms: th.Tensor) -> th.Tensor:
     """
-    A normal distribution around 0, or what of the support is next to it, with the distance of two atoms as standard deviation.
+    A normal distribution around 0, or what of the support is next to it, with the distance of two atoms as standard deviation,
+    and a thousandth of the mass spread evenly, so that learning can raise every atom within some hundred steps.
 
     Where value distributions start so, values start as 0. One that starts uniform narrows by the factor gamma each time that
     the target critics have followed, to half its width in about ln 2 / ((1 - gamma) tau) gradient steps (14 000 with gamma
@@ -57,7 +58,8 @@ def narrow_logits(atoms: th.Tensor) -> th.Tensor:
     :return: Logits, shape (n_atoms,)
     """
     centre = atoms.new_zeros(()).clamp(atoms[0], atoms[-1])
-    return -0.5 * ((atoms - centre) / (atoms[1] - atoms[0])).square()
+    normal = (-0.5 * ((atoms - centre) / (atoms[1] - atoms[0])).square()).softmax(dim=0)
+    return (0.999 * normal + 0.001 / len(atoms)).log()
 
 
 def bellman_atoms(rewards: th.Tensor, discounts: th.Tensor | float, bonus: th.Tensor, atoms: th.Tensor) -> th.Tensor:

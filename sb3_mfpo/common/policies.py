@@ -111,8 +111,8 @@ class FlowPolicy(BasePolicy):
     :param n_atoms: Number of atoms of the value distribution
     :param v_min: Lowest atom, in units of (soft, discounted) return
     :param v_max: Highest atom, in units of (soft, discounted) return
-    :param value_init: What the value distributions start as: "narrow" (around 0), which learns sooner, see
-        :func:`sb3_mfpo.common.categorical.narrow_logits`, or "uniform" (nearly so, as in MFPO's paper)
+    :param value_init: What the value distributions start as: "uniform" (nearly so, as in MFPO's paper) or "narrow" (around 0),
+        for ranges that are much wider than the returns, see :func:`sb3_mfpo.common.categorical.narrow_logits`
     :param critic_reduction: "min" or "mean" over the critics when candidates are compared; set by the algorithm
     :param features_extractor_class: Features extractor to use; by default one that suits the policy's kind of observations
         (``FlattenExtractor``, ``NatureCNN``, ``CombinedExtractor``)
@@ -154,7 +154,7 @@ class FlowPolicy(BasePolicy):
         n_atoms: int = 101,
         v_min: float = -1600.0,
         v_max: float = 1600.0,
-        value_init: str = "narrow",
+        value_init: str = "uniform",
         critic_reduction: str = "min",
         features_extractor_class: type[BaseFeaturesExtractor] | None = None,
         features_extractor_kwargs: dict[str, Any] | None = None,
