@@ -122,7 +122,10 @@ def is_run(path: str | Path) -> bool:
     :param path: A file
     :return: Whether it is a checkpoint of a run, and not only a model
     """
-    return zipfile.is_zipfile(path) and STATE in zipfile.ZipFile(path).namelist()
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return STATE in archive.namelist()
 
 
 def checkpoints(folder: Path, name_prefix: str) -> list[Path]:
