@@ -7,7 +7,7 @@ A suite is a YAML file:
     evaluations: 10       # evenly spaced
     episodes: 5           # of an evaluation, for each way of acting
     seeds: [0, 1, 2]
-    params: {}            # hyperparameters for all, over those of the zoo's files
+    params: {}            # hyperparameters for all, over those of the zoo's files; `callback` is a list
     tasks:                # a Gymnasium id each
       Reacher-v5:
         score: [-43, -4]  # returns that count as 0 and 1 where tasks are averaged
@@ -158,7 +158,8 @@ def command_of(run: Run, folder: Path, device: str) -> list[str]:
     :return: The zoo's command that begins it, or goes on with it from its newest checkpoint
     """
     evaluation = {"task": run.task, "every": run.every, "episodes": run.episodes, "seed": run.seed}
-    callbacks: list[dict[str, Any]] = [{"evaluation.Evaluation": evaluation | {"path": str(folder / "evaluations.csv")}}]
+    callbacks: list[dict[str, Any]] = [*run.params.get("callback", [])]
+    callbacks.append({"evaluation.Evaluation": evaluation | {"path": str(folder / "evaluations.csv")}})
     command = [sys.executable, "-m", "sb3_mfpo.zoo", "train", "--algo", run.algo, "--env", run.task, "--seed", str(run.seed)]
     command += ["-n", str(run.steps), "--eval-freq", "-1", "-f", str(folder), "--num-threads", "1", "--verbose", "0"]
     command += ["--device", device]

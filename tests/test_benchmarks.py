@@ -16,9 +16,12 @@ import pytest
 import report
 import run
 import suite as suites
+import torch as th
+import variants
 import yaml
 from ray.cluster_utils import Cluster
 from scipy.stats import trim_mean
+from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_mfpo import MFPO
 from tests.helpers import make_model
@@ -168,7 +171,7 @@ def test_shipped_suites(path: Path) -> None:
         low, high = settings["score"]
         assert gym.spec(task) and low < high
     for one in suites.runs_of(suite):
-        assert one.params.keys() <= inspect.signature(ALGOS[one.algo].__init__).parameters.keys()
+        assert one.params.keys() - {"callback"} <= inspect.signature(ALGOS[one.algo].__init__).parameters.keys()
         assert len(suites.command_of(one, Path("folder"), "cpu")) > 10
 
 
@@ -215,6 +218,44 @@ def test_a_report_needs_all_runs(tmp_path: Path) -> None:
     made_up(tmp_path / "results.csv", {"MFPO": [[1.0]]})
     with pytest.raises(ValueError, match="1 of the suite's 2 runs"):
         report.read_results(tmp_path / "results.csv", TINY | {"seeds": [0, 1]})
+
+
+def first_weight(actor: th.nn.Module) -> np.ndarray:
+    return next(actor.parameters()).detach().numpy().copy()
+
+
+def test_the_average_acts_and_the_actor_is_trained() -> None:
+    trained, acting = [], []
+
+    class Record(BaseCallback):
+        def _on_step(self) -> bool:
+            trained.append(first_weight(self.model.actor))
+            acting.append(first_weight(self.model.policy.actor))
+            return True
+
+    model = make_model(MFPO, seed=0).learn(40, callback=[variants.ActWithAverage(0.75), Record()])
+    assert model.policy.actor is model.actor
+    average = trained[0]
+    for actor, used in zip(trained, acting, strict=True):
+        average = 0.75 * average + 0.25 * actor
+        np.testing.assert_allclose(used, average, rtol=0, atol=1e-6)
+    assert np.abs(trained[-1] - acting[-1]).max() > 1e-4
+
+
+def test_an_action_that_does_not_propose_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[th.Tensor, th.Tensor]] = []
+    estimate = MFPO._boltzmann_velocity
+
+    def record(self: MFPO, observations: Any, actions: th.Tensor, *rest: Any) -> Any:
+        seen.append(actions)
+        return estimate(self, observations, actions, *rest)
+
+    monkeypatch.setattr(MFPO, "_boltzmann_velocity", record)
+    plain = make_model(MFPO, seed=0).learn(11)
+    make_model(MFPO, seed=0).learn(11, callback=variants.LeaveItselfOut())
+    whole, rest = seen
+    assert whole.shape[1] == plain.n_policy_samples
+    assert th.equal(whole[:, 1:], rest)
 
 
 def test_estimators(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ ALLOWED = {
         *("gymnasium", "rl_zoo3", "huggingface_sb3", "stable_baselines3"),
         *("sb3_mfpo", "sb3_mfpo.envs", "sb3_mfpo.zoo"),
     },
+    "zoo/paper": set(),
     "zoo/doctor": {"torch", "packaging"},
     "zoo/__main__": {
         *("gymnasium", "rl_zoo3", "yaml", "matplotlib", "imageio_ffmpeg"),

@@ -75,6 +75,19 @@ def test_training_leaves_what_rl_zoo3_leaves(runs: Path) -> None:
     assert list((runs / "wandb").glob("offline-run-*"))
 
 
+def test_settings_of_the_paper_by_name(tmp_path: Path) -> None:
+    task = "HalfCheetah-v5"
+    zoo(tmp_path, f"train --algo mfpo --env {task} --conf-file sb3_mfpo.zoo.paper -n 10 --eval-freq -1")
+    model = MFPO.load(tmp_path / "logs" / "mfpo" / f"{task}_1" / f"{task}.zip", buffer_size=1)
+    assert (model.batch_size, model.learning_starts, model.critic_reduction, model.ent_coef) == (
+        256,
+        10_000,
+        "mean",
+        "auto_0.01",
+    )
+    assert (model.policy.v_min, model.policy.v_max, model.policy.value_init) == (-1600, 1600, "uniform")
+
+
 def test_enjoy(runs: Path) -> None:
     for model in ("", "--load-best", "--load-checkpoint 600"):
         output = zoo(runs, f"enjoy --algo mfpo --env {TASK} --exp-id 1 -f logs --no-render -n 100 {model}")
