@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import signal
 import subprocess
@@ -19,7 +18,6 @@ import sys
 import tempfile
 import time
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from machine import versions
 
 from sb3_mfpo import MFPO
 from sb3_mfpo.common.checkpoint import RunCheckpointCallback, checkpoints, read_newest_run
@@ -162,8 +161,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as kill_folder, tempfile.TemporaryDirectory() as save_folder:
         results = {
             "command": " ".join(["python", "benchmarks/checkpoint.py", *(sys.argv[1:] if arguments is None else arguments)]),
-            "versions": {"python": platform.python_version()}
-            | {name: version(name) for name in ("torch", "stable-baselines3", "sb3-mfpo", "numpy")},
+            "versions": versions(),
             "save": save(Path(save_folder), options.transitions, options.rounds),
             "kill": kill(Path(kill_folder), options.kills, options.buffer_size),
         }

@@ -10,17 +10,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import tempfile
 import time
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch as th
+from machine import versions
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.logger import configure
 
@@ -107,8 +106,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         tables[name] = soak(name, options.steps)
         if options.output:
             pd.concat(tables.values()).to_csv(options.output, index=False)
-    names = ("torch", "stable-baselines3", "sb3-mfpo", "gymnasium", "numpy")
-    results = {"versions": {"python": platform.python_version()} | {name: version(name) for name in names}}
+    results: dict[str, Any] = {"versions": versions()}
     results |= {f"{name}: first, lowest, highest after the warm-up": summary(rows) for name, rows in tables.items()}
     print(json.dumps(results, indent=2))
     return results

@@ -15,7 +15,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import random
 import sys
 import time
@@ -24,7 +23,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,6 +31,7 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from machine import processor, versions
 from plain import PlainMFPO
 from sb3_contrib import TQC
 from stable_baselines3 import SAC, TD3
@@ -261,12 +260,8 @@ def peak_memory(task: str, width: int, device: str, threads: int) -> float | Non
 
 
 def hardware() -> dict[str, Any]:
-    processor = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), processor)
     gpu = th.cuda.get_device_name() if th.cuda.is_available() else None
-    return {"processor": processor, "cores": os.cpu_count(), "gpu": gpu, "oneDNN is exact": onednn_matmul_is_exact()}
+    return {"processor": processor(), "cores": os.cpu_count(), "gpu": gpu, "oneDNN is exact": onednn_matmul_is_exact()}
 
 
 def print_rows(title: str, rows: Rows) -> None:
@@ -296,10 +291,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     # The random tasks have no returns to fit a value range to
     warnings.filterwarnings("ignore", message=".*of the value targets' mass lies outside")
 
-    packages = ("torch", "stable-baselines3", "sb3-contrib", "sb3-mfpo", "gymnasium", "mujoco", "numpy")
     results: dict[str, Any] = {
         "command": " ".join(["python", "benchmarks/speed.py", *(sys.argv[1:] if arguments is None else arguments)]),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "versions": versions(),
         "hardware": hardware(),
         "threads": options.threads,
         "rounds": rounds,

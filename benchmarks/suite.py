@@ -26,26 +26,24 @@ the algorithm on the task. ``policy_kwargs`` are merged, everything else is repl
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 import sys
 import threading
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch as th
 import yaml
+from machine import processor, versions
 
 from sb3_mfpo.common.checkpoint import checkpoints
 from sb3_mfpo.zoo.registration import ALGORITHMS, hyperparameter_file
 
 # Seconds between two looks at a run's process
 INTERVAL = 0.2
-PACKAGES = ("torch", "stable-baselines3", "sb3-mfpo", "gymnasium", "mujoco")
 KEYS = ["algorithm", "task", "seed"]
 FIELDS = {"steps", "evaluations", "episodes", "seeds", "params", "tasks", "algorithms"}
 
@@ -206,7 +204,9 @@ def train(run: Run, folder: Path, device: str = "cpu", stop: threading.Event | N
         checkpoint.unlink()
     rows = pd.read_csv(folder / "evaluations.csv")
     rows = pd.DataFrame({**dict(zip(KEYS, run.key, strict=True)), **rows})
-    return rows.assign(versions=versions(), hardware=hardware(device))
+    gpu = th.cuda.get_device_name() if device != "cpu" and th.cuda.is_available() else None
+    packages = ", ".join(f"{name} {number}" for name, number in versions().items())
+    return rows.assign(versions=packages, hardware=gpu or f"1 thread of {processor()}")
 
 
 def tail(path: Path, lines: int = 5) -> str:
@@ -216,24 +216,3 @@ def tail(path: Path, lines: int = 5) -> str:
     :return: The last ones
     """
     return "\n".join(path.read_text().splitlines()[-lines:])
-
-
-def versions() -> str:
-    """
-    :return: Of Python and of the packages that results depend on
-    """
-    return ", ".join([f"python {platform.python_version()}", *(f"{name} {version(name)}" for name in PACKAGES)])
-
-
-def hardware(device: str) -> str:
-    """
-    :param device: Of the training
-    :return: The GPU's name, or the processor's
-    """
-    if device != "cpu" and th.cuda.is_available():
-        return th.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return "1 thread of " + next(line.split(": ")[1] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return f"1 thread of {platform.processor() or platform.machine()}"
