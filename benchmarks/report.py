@@ -190,7 +190,8 @@ def draw_aggregate(rows: pd.DataFrame, suite: dict[str, Any], path: Path) -> Non
             line[2].set_xlim(0, 1)
     lines = [plt.Line2D([], [], color=color, label=name) for name, color in zip(names, colors, strict=True)]
     figure.legend(handles=lines, loc="outside lower center", ncols=6)
-    figure.savefig(path, dpi=90)
+    # The titles of the last column stand out of their axes
+    figure.savefig(path, dpi=90, bbox_inches="tight")
     plt.close(figure)
 
 

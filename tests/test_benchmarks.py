@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -218,6 +219,26 @@ def test_a_report_needs_all_runs(tmp_path: Path) -> None:
     made_up(tmp_path / "results.csv", {"MFPO": [[1.0]]})
     with pytest.raises(ValueError, match="1 of the suite's 2 runs"):
         report.read_results(tmp_path / "results.csv", TINY | {"seeds": [0, 1]})
+
+
+@pytest.mark.parametrize(
+    ("name", "page"),
+    [
+        ("cpu", "README.md"),
+        ("ablations", "docs/mfpo.md"),
+        ("sample_efficiency", "docs/benchmarks.md"),
+        ("value_range", "docs/benchmarks.md"),
+    ],
+)
+def test_published_tables_are_those_of_the_results(name: str, page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    published = (report.RESULTS / f"{name}.md").read_text()
+    assert published in (BENCHMARKS.parent / page).read_text()
+    # But for the intervals, which need many repetitions
+    monkeypatch.setattr(report, "REPETITIONS", 2)
+    suite = suites.read_suite(BENCHMARKS / "suites" / f"{name}.yml")
+    table = report.table(report.read_results(report.RESULTS / f"{name}.csv", suite), suite)
+    without_intervals = re.compile(r" \[.*?\]")
+    assert without_intervals.sub("", table + "\n") == without_intervals.sub("", published)
 
 
 def first_weight(actor: th.nn.Module) -> np.ndarray:
