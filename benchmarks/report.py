@@ -199,8 +199,10 @@ def table(rows: pd.DataFrame, suite: dict[str, Any]) -> str:
     """
     :param rows: From ``read_results``
     :param suite: The suite
-    :return: Markdown: aggregates and the return on each task at the end, "deterministic / sample"
+    :return: Markdown: aggregates and the return on each task at the end, "deterministic / sample"; of a single seed without
+        what needs several
     """
+    several = len(suite["seeds"]) > 1
     modes = list(MODES)
     aggregates = {
         (mode, at_end): interquartile_means(scores(rows, suite, mode, at_end)) for mode in modes for at_end in (True, False)
@@ -216,12 +218,13 @@ def table(rows: pd.DataFrame, suite: dict[str, Any]) -> str:
         cells = [name]
         for key in ((modes[0], True), (modes[1], True), (modes[0], False)):
             estimate, interval = (values[name] for values in aggregates[key])
-            cells.append(f"{estimate[0]:.2f} [{interval[0, 0]:.2f}, {interval[1, 0]:.2f}]")
-        cells += [f"{better[f'{first}|{name}'].item():.2f}" if name != first else "", f"{minutes[name]:.1f}"]
+            cells.append(f"{estimate[0]:.2f}" + (f" [{interval[0, 0]:.2f}, {interval[1, 0]:.2f}]" if several else ""))
+        cells += [f"{better[f'{first}|{name}'].item():.2f}" if name != first and several else "", f"{minutes[name]:.1f}"]
         for task in suite["tasks"]:
             values = [returns.loc[name, task, mode] for mode in modes]
             digits = 1 if abs(values[0]["mean"]) < 100 else 0
-            cells.append(" / ".join(f"{value['mean']:.{digits}f} ± {value['std']:.{digits}f}" for value in values))
+            spread = [f" ± {value['std']:.{digits}f}" if several else "" for value in values]
+            cells.append(" / ".join(f"{value['mean']:.{digits}f}{more}" for value, more in zip(values, spread, strict=True)))
         lines.append(cells)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -213,6 +213,11 @@ def test_aggregates_against_their_definitions(tmp_path: Path) -> None:
     a = np.array(returns["A"])[:, -1]
     assert f"| {a.mean():.0f} ± {a.std(ddof=1):.0f} / {a.mean() - 100:.0f} ± {a.std(ddof=1):.0f} |" in line
     assert "| 3.0 |" in line
+    # One seed has no spread
+    one = suite | {"seeds": [0]}
+    line = report.table(report.read_results(tmp_path / "results.csv", one), one).splitlines()[3]
+    b, mean = returns["B"][0][-1], np.mean(returns["B"][0])
+    assert line.endswith(f"| {b / 2000:.2f} | {b / 2000 - 0.05:.2f} | {mean / 2000:.2f} |  | 3.0 | {b:.0f} / {b - 100:.0f} |")
 
 
 def test_a_report_needs_all_runs(tmp_path: Path) -> None:
@@ -228,6 +233,7 @@ def test_a_report_needs_all_runs(tmp_path: Path) -> None:
         ("ablations", "docs/mfpo.md"),
         ("sample_efficiency", "docs/benchmarks.md"),
         ("value_range", "docs/benchmarks.md"),
+        ("equal_time", "docs/benchmarks.md"),
     ],
 )
 def test_published_tables_are_those_of_the_results(name: str, page: str, monkeypatch: pytest.MonkeyPatch) -> None:
