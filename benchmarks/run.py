@@ -5,7 +5,7 @@ An interrupted suite goes on with the same command: finished runs are in the CSV
 checkpoint. On a cluster of Ray the same runs are tasks of it.
 
     python benchmarks/run.py benchmarks/suites/cpu.yml --workers 2
-    python benchmarks/run.py benchmarks/suites/cpu.yml --ray-address auto --device cuda --gpus-per-run 0.1
+    python benchmarks/run.py benchmarks/suites/gpu.yml --ray-address auto --device cuda --gpus-per-run 0.1
 """
 
 from __future__ import annotations

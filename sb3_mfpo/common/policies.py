@@ -112,7 +112,7 @@ class FlowPolicy(BasePolicy):
     :param v_min: Lowest atom, in units of (soft, discounted) return
     :param v_max: Highest atom, in units of (soft, discounted) return
     :param value_init: What the value distributions start as: "uniform" (nearly so, as in MFPO's paper) or "narrow" (around 0),
-        for ranges that are much wider than the returns, see :func:`sb3_mfpo.common.categorical.narrow_logits`
+        which does not wait for them to narrow, see :func:`sb3_mfpo.common.categorical.narrow_logits`
     :param critic_reduction: "min" or "mean" over the critics when candidates are compared; set by the algorithm
     :param features_extractor_class: Features extractor to use; by default one that suits the policy's kind of observations
         (``FlattenExtractor``, ``NatureCNN``, ``CombinedExtractor``)
