@@ -27,8 +27,8 @@ import torch as th
 from gymnasium import spaces
 from machine import versions
 
-from sb3_mfpo import MFPO
-from sb3_mfpo.common.checkpoint import RunCheckpointCallback, checkpoints, read_newest_run
+from sb3_mfpo import MFPO, RunCheckpointCallback
+from sb3_mfpo.runs.checkpoint import checkpoints, read_newest_run
 
 # Sizes of observation and action, as HalfCheetah's
 SIZES = (17, 6)

@@ -39,7 +39,7 @@ import torch as th
 import yaml
 from machine import processor, versions
 
-from sb3_mfpo.common.checkpoint import checkpoints
+from sb3_mfpo.runs.checkpoint import checkpoints
 from sb3_mfpo.zoo.registration import ALGORITHMS, hyperparameter_file
 
 # Seconds between two looks at a run's process
@@ -163,7 +163,7 @@ def command_of(run: Run, folder: Path, device: str) -> list[str]:
     command += ["--device", device]
     if run.algo in ALGORITHMS:
         saving = {"save_freq": run.every, "save_path": str(folder)}
-        callbacks.append({"sb3_mfpo.common.checkpoint.RunCheckpointCallback": saving})
+        callbacks.append({"sb3_mfpo.RunCheckpointCallback": saving})
         for checkpoint in checkpoints(folder, "run")[:1]:
             command += ["-i", str(checkpoint)]
     return [*command, "-params", *(f"{name}:{value!r}" for name, value in {**run.params, "callback": callbacks}.items())]

@@ -1,8 +1,9 @@
 """Mean-flow policies for Stable-Baselines3."""
 
 from sb3_mfpo.mfpo import MFPO
+from sb3_mfpo.runs.callback import RunCheckpointCallback
 from sb3_mfpo.som import SOM
 
 __version__ = "0.1.0"
 
-__all__ = ["MFPO", "SOM", "__version__"]
+__all__ = ["MFPO", "SOM", "RunCheckpointCallback", "__version__"]

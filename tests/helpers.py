@@ -27,7 +27,7 @@ SMALL: dict[Algorithm, dict[str, Any]] = {
 
 
 class RandomEnv(gym.Env):
-    """Observations drawn from the space, reward from the action, episodes of a fixed length."""
+    """Observations drawn from the space, reward from the action, episodes of a fixed length. It offers its state."""
 
     def __init__(
         self,
@@ -55,6 +55,13 @@ class RandomEnv(gym.Env):
         ended = self.steps == self.episode_length
         reward = float(-np.square(action / np.maximum(-self.action_space.low, self.action_space.high)).mean())
         return self.observation_space.sample(), reward, ended and self.terminates, ended and not self.terminates, {}
+
+    def state_dict(self) -> dict[str, Any]:
+        # The generators of the spaces are saved with any environment
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = state["steps"]
 
 
 def make_model(algorithm: Algorithm, env: Any = None, **kwargs: Any) -> Any:

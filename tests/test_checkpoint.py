@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 import os
 import pickle
 import random
 import signal
 import threading
+import time
 import warnings
+import weakref
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -25,26 +29,23 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecNormalize
 
-from sb3_mfpo import MFPO
-from sb3_mfpo.common import checkpoint
-from sb3_mfpo.common.checkpoint import RunCheckpointCallback, checkpoints, read_run
+from sb3_mfpo import MFPO, RunCheckpointCallback
+from sb3_mfpo.runs import checkpoint, state
+from sb3_mfpo.runs.checkpoint import checkpoints, read_run
 from tests.helpers import Algorithm, RandomEnv, assert_equal, make_model
 from tests.test_examples import load
 
 
-class StatefulEnv(RandomEnv):
-    """Offers its state: here the generator that its observations come from."""
+class UnknownWrapper(gym.Wrapper):
+    """May have a state: nobody knows."""
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps, "generator": self.observation_space.np_random.bit_generator.state}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.steps = state["steps"]
-        self.observation_space.np_random.bit_generator.state = state["generator"]
+    def __init__(self, env: gym.Env | None = None):
+        super().__init__(env or RandomEnv())
+        self.count = 0
 
 
 class StatefulGoalEnv(BitFlippingEnv):
-    """The same for a task with goals, in episodes of one length."""
+    """A task with goals, in episodes of one length, that offers its state."""
 
     def __init__(self) -> None:
         super().__init__(n_bits=3, continuous=True, max_steps=3)
@@ -55,10 +56,11 @@ class StatefulGoalEnv(BitFlippingEnv):
 
     def state_dict(self) -> dict[str, Any]:
         # The goal is always the same
-        return {"state": self.state.copy(), "generator": self._obs_space.np_random.bit_generator.state}
+        generator = self._obs_space.np_random.bit_generator.state
+        return {"state": self.state.copy(), "step": self.current_step, "generator": generator}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.state = state["state"]
+        self.state, self.current_step = state["state"], state["step"]
         self._obs_space.np_random.bit_generator.state = state["generator"]
 
 
@@ -68,30 +70,30 @@ def one(env_class: Callable[[], gym.Env], n: int = 1, vec_env_class: type = Dumm
 
 # Environments, arguments, and after how many steps an episode ends
 CASES: dict[str, tuple[Callable[[], VecEnv], dict[str, Any], int]] = {
-    "vector": (lambda: one(StatefulEnv), {}, 7),
-    "still warming up": (lambda: one(StatefulEnv), dict(learning_starts=40), 7),
+    "vector": (lambda: one(RandomEnv), {}, 7),
+    "still warming up": (lambda: one(RandomEnv), dict(learning_starts=40), 7),
     "HER": (
         lambda: one(StatefulGoalEnv),
         dict(policy="MultiInputPolicy", replay_buffer_class=HerReplayBuffer, replay_buffer_kwargs=dict(n_sampled_goal=2)),
         3,
     ),
-    "n-step": (lambda: one(StatefulEnv), dict(n_steps=3), 7),
-    "two environments": (lambda: one(StatefulEnv, 2), dict(gradient_steps=-1), 14),
-    "two processes": (lambda: one(StatefulEnv, 2, SubprocVecEnv), dict(gradient_steps=-1), 14),
-    "VecNormalize": (lambda: VecNormalize(one(StatefulEnv)), {}, 7),
+    "n-step": (lambda: one(RandomEnv), dict(n_steps=3), 7),
+    "two environments": (lambda: one(RandomEnv, 2), dict(gradient_steps=-1), 14),
+    "two processes": (lambda: one(RandomEnv, 2, SubprocVecEnv), dict(gradient_steps=-1), 14),
+    "VecNormalize": (lambda: VecNormalize(one(RandomEnv)), {}, 7),
     "memory": (
-        lambda: one(StatefulEnv),
+        lambda: one(RandomEnv),
         dict(optimize_memory_usage=True, replay_buffer_kwargs=dict(handle_timeout_termination=False)),
         7,
     ),
     "schedule and noise": (
-        lambda: one(StatefulEnv),
+        lambda: one(RandomEnv),
         dict(learning_rate=lambda progress: 1e-3 * progress, action_noise=NormalActionNoise(np.zeros(2), np.full(2, 0.1))),
         7,
     ),
     "scalar, rare updates": (
-        lambda: one(StatefulEnv),
-        dict(policy_kwargs=dict(critic_type="scalar"), policy_delay=2, target_update_interval=3, train_freq=7),
+        lambda: one(RandomEnv),
+        dict(policy_kwargs=dict(critic_type="scalar"), policy_delay=2, target_update_interval=3, train_freq=2),
         7,
     ),
 }
@@ -121,7 +123,7 @@ def assert_same(one: Any, other: Any) -> None:
     assert_equal(arrays_of(one.replay_buffer), arrays_of(other.replay_buffer))
     for name in ("num_timesteps", "_n_updates", "_episode_num", "_total_timesteps", "_current_progress_remaining"):
         assert getattr(one, name) == getattr(other, name), name
-    assert_equal(checkpoint.random_states(one), checkpoint.random_states(other))
+    assert_equal(state.random_states(one), state.random_states(other))
     normalizers = one.get_vec_normalize_env(), other.get_vec_normalize_env()
     if normalizers[0] is not None:
         for name in ("obs_rms", "ret_rms"):
@@ -129,10 +131,11 @@ def assert_same(one: Any, other: Any) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_resumed_run_equals_the_uninterrupted_one(algorithm: Algorithm, case: str, tmp_path: Path) -> None:
-    """Stopped at the end of an episode, bit for bit: also what is logged."""
+@pytest.mark.parametrize("where", ["between episodes", "within an episode"])
+def test_a_resumed_run_equals_the_uninterrupted_one(algorithm: Algorithm, case: str, where: str, tmp_path: Path) -> None:
+    """Bit for bit: also what is logged."""
     make_env, kwargs, period = CASES[case]
-    stop, total = 4 * period, 9 * period
+    stop, total = 4 * period + 2 * (where == "within an episode"), 9 * period
     records = Record(), Record()
     whole_env = make_env()
     whole = make_model(algorithm, whole_env, seed=0, **kwargs)
@@ -159,31 +162,37 @@ def test_a_resumed_run_equals_the_uninterrupted_one(algorithm: Algorithm, case: 
 
 
 def test_saving_changes_nothing(algorithm: Algorithm, tmp_path: Path) -> None:
-    alone = make_model(algorithm, StatefulEnv(), seed=0).learn(50)
-    watched = make_model(algorithm, StatefulEnv(), seed=0).learn(50, callback=RunCheckpointCallback(3, tmp_path))
+    alone = make_model(algorithm, RandomEnv(), seed=0).learn(50)
+    watched = make_model(algorithm, RandomEnv(), seed=0).learn(50, callback=RunCheckpointCallback(3, tmp_path))
     assert_same(alone, watched)
 
 
-def test_in_the_middle_of_an_episode(algorithm: Algorithm, tmp_path: Path) -> None:
+def test_an_episode_of_an_unknown_environment_is_cut(algorithm: Algorithm, tmp_path: Path) -> None:
     """A new episode begins; counters and warm-up go on, and the episode that was cut ends as by a time limit."""
-    make_model(algorithm, StatefulEnv(), seed=0).learn(24, callback=RunCheckpointCallback(17, tmp_path, keep=9))
-    model = algorithm.resume(tmp_path / "run_17_steps.zip", StatefulEnv())
+    with pytest.warns(UserWarning, match=r"do not hold the state.*UnknownWrapper has no `state_dict`") as warned:
+        make_model(algorithm, UnknownWrapper(), seed=0).learn(24, callback=RunCheckpointCallback(17, tmp_path, keep=9))
+    assert len([one for one in warned if "do not hold" in str(one.message)]) == 1
+    assert "UnknownWrapper" in read_run(tmp_path / "run_17_steps.zip")["environments"]["unknown"]
+    model = algorithm.resume(tmp_path / "run_17_steps.zip", UnknownWrapper())
+    with pytest.warns(UserWarning, match=r"begin new episodes.*UnknownWrapper has no `state_dict`"):
+        model.learn(30)
     assert model.replay_buffer.timeouts[:17, 0].tolist() == [(i + 1) % 7 == 0 or i == 16 for i in range(17)]
-    model.learn(30)
     assert (model.num_timesteps, model._n_updates) == (30, 20)
     assert model.replay_buffer.pos == 30
 
 
-def test_in_the_middle_of_an_episode_with_normalisation(tmp_path: Path) -> None:
+def test_an_episode_that_is_cut_with_normalisation(tmp_path: Path) -> None:
     """The new episode's first observation is normalised by the run's statistics, not by those of the reset alone."""
 
     def make_env() -> VecNormalize:
-        return VecNormalize(DummyVecEnv([lambda: RandomEnv(spaces.Box(50, 100, (3,), np.float32))]))
+        return VecNormalize(DummyVecEnv([lambda: UnknownWrapper(RandomEnv(spaces.Box(50, 100, (3,), np.float32)))]))
 
-    make_model(MFPO, make_env(), seed=0).learn(24, callback=RunCheckpointCallback(17, tmp_path, keep=9))
+    with pytest.warns(UserWarning, match="do not hold the state"):
+        make_model(MFPO, make_env(), seed=0).learn(24, callback=RunCheckpointCallback(17, tmp_path, keep=9))
     env = make_env()
     model = MFPO.resume(tmp_path / "run_17_steps.zip", env)
-    model._setup_learn(30)
+    with pytest.warns(UserWarning, match="begin new episodes"):
+        model._setup_learn(30)
     assert env.obs_rms.count == pytest.approx(18, abs=3) and env.returns == 0
     assert np.array_equal(model._last_obs, env.normalize_obs(model._last_original_obs))
     assert np.abs(model._last_obs).max() > 0.1
@@ -215,10 +224,10 @@ def test_old_checkpoints_are_removed(tmp_path: Path) -> None:
 
 
 def test_a_finished_run_can_be_extended(tmp_path: Path) -> None:
-    make_model(MFPO, StatefulEnv(), seed=0).learn(28, callback=RunCheckpointCallback(1000, tmp_path))
-    model = MFPO.resume(tmp_path, StatefulEnv()).learn(28)
+    make_model(MFPO, RandomEnv(), seed=0).learn(28, callback=RunCheckpointCallback(1000, tmp_path))
+    model = MFPO.resume(tmp_path, RandomEnv()).learn(28)
     assert model.num_timesteps == 28
-    assert MFPO.resume(tmp_path, StatefulEnv()).learn(40).num_timesteps == 40
+    assert MFPO.resume(tmp_path, RandomEnv()).learn(40).num_timesteps == 40
 
 
 def test_callbacks_go_on(tmp_path: Path) -> None:
@@ -226,16 +235,16 @@ def test_callbacks_go_on(tmp_path: Path) -> None:
 
     def callbacks(eval_freq: int) -> tuple[EvalCallback, CallbackList]:
         kwargs: dict[str, Any] = dict(n_eval_episodes=1, log_path=str(tmp_path), verbose=0)
-        evaluation = EvalCallback(Monitor(StatefulEnv()), eval_freq=eval_freq, **kwargs)
+        evaluation = EvalCallback(Monitor(RandomEnv()), eval_freq=eval_freq, **kwargs)
         return evaluation, CallbackList([evaluation, RunCheckpointCallback(7, tmp_path)])
 
     evaluation, both = callbacks(7)
-    make_model(MFPO, StatefulEnv(), seed=0).learn(28, callback=both)
+    make_model(MFPO, RandomEnv(), seed=0).learn(28, callback=both)
     evaluation.best_mean_reward = 5.0
     evaluation.model.learn(7, reset_num_timesteps=False, callback=both)
     for total in (49, 63):
         evaluation, both = callbacks(14)
-        MFPO.resume(tmp_path, StatefulEnv()).learn(total, callback=both)
+        MFPO.resume(tmp_path, RandomEnv()).learn(total, callback=both)
         assert evaluation.best_mean_reward == 5.0 and evaluation.eval_freq == 14
     assert evaluation.n_calls == 63
     assert evaluation.evaluations_timesteps == [7, 14, 21, 28, 35, 42, 56]
@@ -261,22 +270,22 @@ def damage(path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["cut", "empty", "array", "weights", "state"])
 def test_a_damaged_checkpoint_is_found_and_passed_over(kind: str, tmp_path: Path) -> None:
-    make_model(MFPO, StatefulEnv()).learn(40, callback=RunCheckpointCallback(20, tmp_path))
+    make_model(MFPO, RandomEnv()).learn(40, callback=RunCheckpointCallback(20, tmp_path))
     newest, older = checkpoints(tmp_path, "run")
     damage(newest, kind)
     with pytest.raises(ValueError, match=r"run_40_steps\.zip is damaged"):
-        MFPO.resume(newest, StatefulEnv())
+        MFPO.resume(newest, RandomEnv())
     with pytest.warns(UserWarning, match=r"run_40_steps\.zip is damaged.*Going back to an older one"):
-        model = MFPO.resume(tmp_path, StatefulEnv())
+        model = MFPO.resume(tmp_path, RandomEnv())
     assert model.num_timesteps == 20
     damage(older, kind)
     with pytest.warns(UserWarning, match="damaged"), pytest.raises(ValueError, match=r"run_20_steps\.zip is damaged"):
-        MFPO.resume(tmp_path, StatefulEnv())
+        MFPO.resume(tmp_path, RandomEnv())
 
 
 def test_every_damaged_byte_is_found(tmp_path: Path) -> None:
     """At random places: either the file is refused, or the byte did not matter and everything is as it was."""
-    make_model(MFPO, StatefulEnv()).learn(20, callback=RunCheckpointCallback(20, tmp_path))
+    make_model(MFPO, RandomEnv()).learn(20, callback=RunCheckpointCallback(20, tmp_path))
     (path,) = checkpoints(tmp_path, "run")
     whole, expected = path.read_bytes(), pickle.dumps(read_run(path)["replay_buffer"])
     generator = np.random.default_rng(0)
@@ -309,9 +318,10 @@ def test_environments_that_do_not_fit(tmp_path: Path) -> None:
         MFPO.resume(tmp_path, DummyVecEnv([RandomEnv] * 2), gradient_steps=-1)
     with pytest.raises(ValueError, match="saved without `VecNormalize`: unwrap `env`"):
         MFPO.resume(tmp_path, VecNormalize(DummyVecEnv([RandomEnv]))).learn(30)
-    make_model(MFPO, VecNormalize(DummyVecEnv([RandomEnv]))).learn(20, callback=RunCheckpointCallback(20, tmp_path))
+    other = tmp_path / "other"
+    make_model(MFPO, VecNormalize(DummyVecEnv([RandomEnv]))).learn(20, callback=RunCheckpointCallback(20, other))
     with pytest.raises(ValueError, match="saved with `VecNormalize`: wrap `env`"):
-        MFPO.resume(tmp_path, RandomEnv()).learn(30)
+        MFPO.resume(other, RandomEnv()).learn(30)
 
 
 @pytest.mark.parametrize("argument", [dict(save_freq=0), dict(save_freq=1, keep=0)])
@@ -324,7 +334,7 @@ def test_bad_arguments(argument: dict[str, Any], tmp_path: Path) -> None:
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The system's own error, from a device that is always full: training goes on, the older checkpoint stays."""
     callback = RunCheckpointCallback(10, tmp_path)
-    model = make_model(MFPO, StatefulEnv(), seed=0).learn(10, callback=callback)
+    model = make_model(MFPO, RandomEnv(), seed=0).learn(10, callback=callback)
     before = (tmp_path / "run_10_steps.zip").read_bytes()
     (tmp_path / "run_20_steps.zip.tmp").symlink_to("/dev/full")
     with pytest.warns(UserWarning, match=r"run_20_steps\.zip could not be written.*No space left.*Training goes on"):
@@ -332,7 +342,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert model.num_timesteps == 25
     assert (tmp_path / "run_10_steps.zip").read_bytes() == before
     assert {path.name for path in tmp_path.iterdir()} == {"run_10_steps.zip", "run_25_steps.zip"}
-    assert MFPO.resume(tmp_path, StatefulEnv()).num_timesteps == 25
+    assert MFPO.resume(tmp_path, RandomEnv()).num_timesteps == 25
 
 
 def test_killed_at_random_moments(capsys: pytest.CaptureFixture) -> None:
@@ -401,42 +411,101 @@ def test_a_signal_saves_and_ends_the_training(
     handlers = signal.getsignal(kind)
     callback = CallbackList([Send(kind, 21), RunCheckpointCallback(1000, tmp_path)])
     with pytest.raises(error) as raised:
-        make_model(MFPO, StatefulEnv(), seed=0).learn(50, callback=callback)
+        make_model(MFPO, RandomEnv(), seed=0).learn(50, callback=callback)
     assert getattr(raised.value, "code", None) == code
     assert signal.getsignal(kind) is handlers
     assert [path.name for path in tmp_path.iterdir()] == ["run_21_steps.zip"]
-    resumed = MFPO.resume(tmp_path, StatefulEnv()).learn(50)
-    assert_same(make_model(MFPO, StatefulEnv(), seed=0).learn(50), resumed)
+    resumed = MFPO.resume(tmp_path, RandomEnv()).learn(50)
+    assert_same(make_model(MFPO, RandomEnv(), seed=0).learn(50), resumed)
 
 
 def test_a_signal_in_a_long_rollout(tmp_path: Path) -> None:
     """The rollout is cut: the environment is a step ahead, so that the next run begins a new episode."""
     callback = CallbackList([Send(signal.SIGTERM, 14), RunCheckpointCallback(1000, tmp_path)])
-    with pytest.raises(SystemExit):
-        make_model(MFPO, StatefulEnv(), train_freq=40).learn(80, callback=callback)
-    model = MFPO.resume(tmp_path, StatefulEnv())
+    with pytest.raises(SystemExit), pytest.warns(UserWarning, match="ended within a rollout"):
+        make_model(MFPO, RandomEnv(), train_freq=40).learn(80, callback=callback)
+    model = MFPO.resume(tmp_path, RandomEnv())
     assert (model.num_timesteps, model.replay_buffer.size()) == (14, 13)
-    assert model.learn(80).num_timesteps >= 80
+    with pytest.warns(UserWarning, match=r"begin new episodes.*ended within a rollout"):
+        assert model.learn(80).num_timesteps >= 80
 
 
-def test_signals_outside_of_training_do_what_they_did(tmp_path: Path) -> None:
-    callback = RunCheckpointCallback(1000, tmp_path)
+class Fail(BaseCallback):
+    """Ends the training with an error, as a pruned trial does."""
 
-    class Broken(RandomEnv):
-        def step(self, action: np.ndarray) -> Any:
-            raise RuntimeError("broken")
+    def _on_step(self) -> bool:
+        if self.num_timesteps == 12:
+            raise RuntimeError("pruned")
+        return True
 
-    received: list[int] = []
-    previous = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
-    try:
-        with pytest.raises(RuntimeError, match="broken"):
-            make_model(MFPO, Broken()).learn(20, callback=callback)
-        # The training is over, though nobody could say so to the callback
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert received == [signal.SIGTERM]
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-        callback._restore_handlers()
+
+def test_after_a_training_that_failed_signals_do_what_they_did(tmp_path: Path) -> None:
+    handlers = [signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(RuntimeError, match="pruned"):
+        make_model(MFPO).learn(20, callback=[RunCheckpointCallback(1000, tmp_path), Fail()])
+    assert [signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+
+def test_a_training_that_failed_is_forgotten(tmp_path: Path) -> None:
+    """Its model and replay buffer can be freed."""
+
+    def failed_buffer(folder: Path) -> weakref.ref:
+        model = make_model(MFPO)
+        with pytest.raises(RuntimeError, match="pruned"):
+            model.learn(20, callback=[RunCheckpointCallback(5, folder), Fail()])
+        return weakref.ref(model.replay_buffer)
+
+    buffers = [failed_buffer(tmp_path / str(number)) for number in range(3)]
+    gc.collect()
+    assert [buffer() for buffer in buffers] == [None] * 3
+
+
+def simulate(ready: Any) -> None:
+    ready.set()
+    time.sleep(30)
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+def test_a_process_that_is_forked_in_training_ends_by_a_signal(kind: signal.Signals, tmp_path: Path) -> None:
+    """A simulator in a process of its own, which an environment restarts: within C code no Python handler would run."""
+    codes = []
+
+    class Fork(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.num_timesteps == 12:
+                context = multiprocessing.get_context("fork")
+                ready = context.Event()
+                process = context.Process(target=simulate, args=(ready,))
+                process.start()
+                assert ready.wait(10)
+                os.kill(process.pid, kind)  # type: ignore[arg-type]
+                process.join(10)
+                codes.append(process.exitcode)
+                process.kill()
+            return True
+
+    make_model(MFPO).learn(14, callback=[RunCheckpointCallback(1000, tmp_path), Fork()])
+    # SIGINT is an exception in Python
+    assert codes == [-signal.SIGTERM if kind is signal.SIGTERM else 1]
+
+
+class DyingProcess(RandomEnv):
+    """Ends its process at a step, as Ctrl-C does, which reaches the processes of environments as well."""
+
+    def step(self, action: np.ndarray) -> Any:
+        if self.steps == 4:
+            os._exit(0)
+        return super().step(action)
+
+
+def test_the_run_is_saved_when_a_signal_ends_the_environments_first(tmp_path: Path) -> None:
+    env = SubprocVecEnv([DyingProcess])
+    callback = CallbackList([Send(signal.SIGINT, 4), RunCheckpointCallback(1000, tmp_path)])
+    # The signal comes within the fourth step; the run would be saved after the gradient step, before the fifth
+    model = make_model(MFPO, env, learning_starts=0, gradient_steps=1, train_freq=2)
+    with pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning, match="do not hold the state"):
+        model.learn(20, callback=callback)
+    assert [path.name for path in tmp_path.iterdir()] == ["run_4_steps.zip"]
 
 
 def test_training_in_a_thread(tmp_path: Path) -> None:

@@ -18,8 +18,7 @@ from gymnasium import spaces
 from hypothesis import strategies as st
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
-from sb3_mfpo import MFPO
-from sb3_mfpo.common.checkpoint import RunCheckpointCallback
+from sb3_mfpo import MFPO, RunCheckpointCallback
 from tests.helpers import SMALL_POLICY, Algorithm, RandomEnv, make_model
 
 # `HYPOTHESIS_PROFILE=nightly` draws more

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import uuid
 import warnings
 from abc import abstractmethod
 from collections import defaultdict
@@ -31,12 +33,15 @@ from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from sb3_mfpo.common import checkpoint, mean_flow
+from sb3_mfpo.common import mean_flow
 from sb3_mfpo.common.acceleration import StepRunner, onednn_matmul, onednn_matmul_is_exact
 from sb3_mfpo.common.buffers import store_as_float32
 from sb3_mfpo.common.checks import check_choice, check_finite, check_integer, check_range
 from sb3_mfpo.common.critics import Critic
 from sb3_mfpo.common.policies import CRITIC_REDUCTIONS, FlowPolicy, MeanFlowActor
+from sb3_mfpo.runs.callback import RunSaver
+from sb3_mfpo.runs.checkpoint import read_newest_run
+from sb3_mfpo.runs.state import restore_buffer, restore_run
 
 SelfFlowAlgorithm = TypeVar("SelfFlowAlgorithm", bound="FlowAlgorithm")
 
@@ -148,6 +153,9 @@ class FlowAlgorithm(OffPolicyAlgorithm):
         # Which environments have just begun an episode, after so many steps
         self._episode_starts = np.ones(1, dtype=bool)
         self._stored_timesteps = 0
+        # Which run this is, for its checkpoints; what saves it while it trains
+        self._run_id = ""
+        self._saver: RunSaver | None = None
         # What is left to restore when the training of a resumed run begins
         self._run_state: dict[str, Any] | None = None
 
@@ -237,20 +245,46 @@ class FlowAlgorithm(OffPolicyAlgorithm):
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
         state, self._run_state = self._run_state, None
+        action_noise = self.action_noise
         if state is not None:
+            # A training begins by resetting it
+            action_noise = copy.deepcopy(action_noise)
             # The number of steps is that of the whole run, as in the call that was interrupted
             total_timesteps, reset_num_timesteps = total_timesteps - self.num_timesteps, False
+        elif reset_num_timesteps or not self._run_id:
+            self._run_id = uuid.uuid4().hex
         if reset_num_timesteps or self._last_obs is None:
             self._episode_starts = np.ones(self.n_envs, dtype=bool)
+        self._saver = RunSaver(self)
         result, callback = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         self._stored_timesteps = self.num_timesteps
-        checkpoint.remember_start(callback)
+        self._saver.begin(callback)
         if state is not None:
-            checkpoint.restore_run(self, state, callback)
+            self.action_noise = action_noise
+            restore_run(self, state, callback)
         last_obs = self._last_obs if self._vec_normalize_env is None else self._vec_normalize_env.get_original_obs()
         assert last_obs is not None
         check_finite("observation", last_obs, self.num_timesteps)
         return result, callback
+
+    def learn(self: SelfFlowAlgorithm, *args: Any, **kwargs: Any) -> SelfFlowAlgorithm:
+        try:
+            super().learn(*args, **kwargs)
+            self._between_rollouts(at_the_end=True)
+        except Exception:
+            # Processes of environments get Ctrl-C as well, and may end before the step is done
+            if self._saver is not None and self._saver.received is not None:
+                self._between_rollouts()
+            raise
+        finally:
+            if self._saver is not None:
+                self._saver.release()
+            self._saver = None
+        return self
+
+    def _between_rollouts(self, at_the_end: bool = False) -> None:
+        if self._saver is not None:
+            self._saver.save_if_due(at_the_end)
 
     @classmethod
     def resume(
@@ -262,11 +296,11 @@ class FlowAlgorithm(OffPolicyAlgorithm):
         **kwargs: Any,
     ) -> SelfFlowAlgorithm:
         """
-        Go on with a run from a checkpoint of :class:`sb3_mfpo.common.checkpoint.RunCheckpointCallback`. The next ``learn``
-        continues it: its ``total_timesteps`` are those of the whole run, so that the call is the same as before.
+        Go on with a run from a checkpoint of :class:`sb3_mfpo.RunCheckpointCallback`. The next ``learn`` continues it: its
+        ``total_timesteps`` are those of the whole run, so that the call is the same as before.
 
-        :param path: A checkpoint, or the folder of the checkpoints: the newest one that is whole. It is unpickled, which can
-            run code: resume only files that you trust.
+        :param path: A checkpoint (".zip" may be left out), or the folder of the checkpoints: the newest one that is whole. It
+            is unpickled, which can run code: resume only files that you trust.
         :param env: The environment to go on with, wrapped as it was (if registered in Gym, can be str)
         :param device: Device on which the code should run
         :param name_prefix: The checkpoints' common prefix
@@ -275,10 +309,10 @@ class FlowAlgorithm(OffPolicyAlgorithm):
         :raises FileNotFoundError: If there is no checkpoint
         :raises ValueError: If no checkpoint is whole, or the environments do not fit
         """
-        path, state = checkpoint.read_newest_run(Path(path), name_prefix)
+        path, state = read_newest_run(Path(path), name_prefix)
         model = cls.load(path, env=maybe_make_env(env, verbose=0), device=device, **kwargs)
-        checkpoint.restore_buffer(model, state)
-        model._run_state = state
+        restore_buffer(model, state)
+        model._run_state, model._run_id = state, state["run_id"]
         return model
 
     def collect_rollouts(
@@ -291,6 +325,7 @@ class FlowAlgorithm(OffPolicyAlgorithm):
         learning_starts: int = 0,
         log_interval: int | None = None,
     ) -> RolloutReturn:
+        self._between_rollouts()
         try:
             rollout = super().collect_rollouts(
                 env, callback, train_freq, replay_buffer, action_noise, learning_starts, log_interval
@@ -555,7 +590,7 @@ class FlowAlgorithm(OffPolicyAlgorithm):
         self._runner.forget_graphs()
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "actor", "critic", "critic_target", "_runner", "_run_state"]
+        return [*super()._excluded_save_params(), "actor", "critic", "critic_target", "_runner", "_run_state", "_saver"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "actor.optimizer", "critic.optimizer"], []

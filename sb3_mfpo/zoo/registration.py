@@ -11,9 +11,9 @@ from rl_zoo3 import hyperparams_opt, utils
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from sb3_mfpo import MFPO, SOM
-from sb3_mfpo.common.checkpoint import is_run
 from sb3_mfpo.common.off_policy import FlowAlgorithm
 from sb3_mfpo.envs import ready_spec
+from sb3_mfpo.runs.checkpoint import is_run
 from sb3_mfpo.zoo import search_space
 
 ALGORITHMS: dict[str, type[FlowAlgorithm]] = {"mfpo": MFPO, "som": SOM}

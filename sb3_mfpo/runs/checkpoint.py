@@ -1,0 +1,170 @@
+"""
+Checkpoint files.
+
+A checkpoint is a model file of SB3 (``load`` reads it as any other) with what else a run consists of in further entries:
+replay buffer, random states, environments, callbacks. It appears under its name only when it is whole.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+
+from sb3_mfpo.common.files import replacing
+
+# Entries of the zip file. Those that end with ".pth" would be taken for parameters of the model
+STATE, ARRAY, RUN_ID = "run/state.pickle", "run/array_{}.bin", "run/id.txt"
+# Bytes that are written at once, and that are looked at for zeros at once
+CHUNK, BLOCK = 2**24, 2**20
+
+
+def write_run(model: OffPolicyAlgorithm, state: dict[str, Any], path: Path) -> None:
+    """
+    Write a model and the rest of its run. Arrays go to the file as they lie in memory, without copies; zeros at their ends,
+    such as the unused part of a replay buffer, are left out.
+
+    :param model: The model
+    :param state: The rest, anything that can be pickled; its ``run_id`` says which run this is
+    :param path: The file's path
+    :raises OSError: If it cannot be written; an older file of this name is then still there
+    """
+    arrays: list[pickle.PickleBuffer] = []
+    pickled = pickle.dumps(state, protocol=5, buffer_callback=arrays.append)
+    views = [np.frombuffer(array.raw(), np.uint8) for array in arrays]
+    with replacing(path) as file:
+        model.save(file)  # type: ignore[arg-type]
+        with zipfile.ZipFile(file, mode="a") as archive:
+            archive.writestr(RUN_ID, state["run_id"])
+            archive.writestr(STATE, pickle.dumps((pickled, [len(view) for view in views])))
+            for index, view in enumerate(views):
+                used = _used_length(view)
+                with archive.open(ARRAY.format(index), mode="w", force_zip64=True) as entry:
+                    for start in range(0, used, CHUNK):
+                        entry.write(view[start : min(start + CHUNK, used)].data)
+
+
+def _used_length(view: np.ndarray) -> int:
+    """Number of bytes up to the last block that holds something."""
+    end = len(view)
+    while end > 0 and not view[max(end - BLOCK, 0) : end].any():
+        end -= BLOCK
+    return max(end, 0)
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """
+    Read the rest of a run. It is unpickled, which can run code: read only files that you trust.
+
+    :param path: A checkpoint
+    :return: What ``write_run`` was given as state
+    :raises ValueError: If the file is damaged (checksums of all entries are compared) or not a checkpoint of a run
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+            if damaged is not None:
+                raise zipfile.BadZipFile(f"checksum of {damaged}")
+            if "data" not in archive.namelist():
+                # The end of a cut file can look like the end of one of the files within it
+                raise zipfile.BadZipFile("it is cut")
+            if STATE not in archive.namelist():
+                raise ValueError(
+                    f"{path} is a model, but not a checkpoint of a run: it has no replay buffer and no random states. Use "
+                    "`load`, or a file that `RunCheckpointCallback` has written."
+                )
+            pickled, lengths = pickle.loads(archive.read(STATE))
+            arrays = [np.zeros(length, np.uint8) for length in lengths]
+            for index, array in enumerate(arrays):
+                with archive.open(ARRAY.format(index)) as entry:
+                    start = 0
+                    while start < len(array) and (n := entry.readinto(array[start : start + CHUNK].data)):  # type: ignore[attr-defined]
+                        start += n
+    # Damage can look like anything to the zip reader
+    except (
+        zipfile.BadZipFile,
+        OSError,
+        EOFError,
+        KeyError,
+        RuntimeError,
+        NotImplementedError,
+        pickle.UnpicklingError,
+    ) as error:
+        raise ValueError(f"The checkpoint {path} is damaged ({error}).") from error
+    return pickle.loads(pickled, buffers=arrays)
+
+
+def is_run(path: str | Path) -> bool:
+    """
+    :param path: A file
+    :return: Whether it is a checkpoint of a run, and not only a model
+    """
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return STATE in archive.namelist()
+
+
+def run_id_of(path: Path) -> str | None:
+    """
+    :param path: A checkpoint
+    :return: Which run it is of; None if the file is too damaged to say
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.read(RUN_ID).decode()
+    except KeyError:
+        return ""
+    except (zipfile.BadZipFile, OSError, EOFError):
+        return None
+
+
+def checkpoints(folder: Path, name_prefix: str) -> list[Path]:
+    """
+    :param folder: Where checkpoints are
+    :param name_prefix: Their common prefix
+    :return: Checkpoints, the newest (by steps) first
+    """
+    pattern = re.compile(re.escape(name_prefix) + r"_\d+_steps\.zip")
+    return sorted((path for path in folder.glob("*.zip") if pattern.fullmatch(path.name)), key=steps_of, reverse=True)
+
+
+def steps_of(path: Path) -> int:
+    """
+    :param path: A checkpoint
+    :return: After how many environment steps it was written, by its name
+    """
+    return int(path.stem.split("_")[-2])
+
+
+def read_newest_run(path: Path, name_prefix: str) -> tuple[Path, dict[str, Any]]:
+    """
+    :param path: A checkpoint, whose ".zip" may be left out, or a folder of checkpoints, of which the newest whole one is taken
+    :param name_prefix: The checkpoints' common prefix
+    :return: Its path; the state in it
+    :raises FileNotFoundError: If there is no checkpoint
+    :raises ValueError: If none is whole
+    """
+    if not path.is_dir():
+        if not path.exists() and path.suffix == "":
+            path = path.with_suffix(".zip")
+        if not path.exists():
+            raise FileNotFoundError(f"There is no checkpoint {path}.")
+        return path, read_run(path)
+    candidates = checkpoints(path, name_prefix)
+    if not candidates:
+        raise FileNotFoundError(f"There is no checkpoint {name_prefix}_<steps>_steps.zip in {path}.")
+    for candidate in candidates:
+        try:
+            return candidate, read_run(candidate)
+        except ValueError as error:
+            if candidate is candidates[-1]:
+                raise
+            warnings.warn(f"{error} Going back to an older one.", stacklevel=3)
+    raise AssertionError

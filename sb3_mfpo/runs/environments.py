@@ -1,0 +1,490 @@
+"""
+The state of vectorized environments, so that a run goes on within an episode.
+
+Known are Gymnasium's MuJoCo and classic-control tasks, dm_control's suite, the usual wrappers, and every environment or
+wrapper whose class has ``state_dict()`` and ``load_state_dict(state)``. Known means the class itself, not one derived from it.
+Of anything else :class:`UnknownState` says what it is; nothing is guessed.
+
+Every layer of a stack has a state of two parts: what belongs to the run (statistics, log files, random numbers) and what
+belongs to the episode. Where an episode cannot go on, the former is restored alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from types import BuiltinFunctionType, FunctionType, MethodType
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.monitor import ResultsWriter
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper
+
+State = dict[str, Any]
+
+
+class Attributes(NamedTuple):
+    """Names of a wrapper's attributes that change: those of the run, and those of the episode."""
+
+    run: tuple[str, ...] = ()
+    episode: tuple[str, ...] = ()
+
+
+_COMMON, _SB3 = "gymnasium.wrappers.common.", "stable_baselines3.common."
+_OBSERVATION, _ACTION = "gymnasium.wrappers.stateful_observation.", "gymnasium.wrappers.stateful_action."
+_STATELESS = {
+    "gymnasium.wrappers.transform_action": ("ClipAction", "DiscretizeAction", "RescaleAction", "TransformAction"),
+    "gymnasium.wrappers.transform_observation": (
+        *("AddRenderObservation", "DiscretizeObservation", "DtypeObservation", "FilterObservation", "FlattenObservation"),
+        *("GrayscaleObservation", "RescaleObservation", "ReshapeObservation", "ResizeObservation", "TransformObservation"),
+    ),
+    "gymnasium.wrappers.transform_reward": ("ClipReward", "TransformReward"),
+    "gymnasium.wrappers.common": ("PassiveEnvChecker",),
+    "gymnasium.wrappers.stateful_action": ("RepeatAction",),
+    "sb3_mfpo.envs": ("DMControlTask",),
+    "stable_baselines3.common.vec_env.dummy_vec_env": ("DummyVecEnv",),
+    "stable_baselines3.common.vec_env.subproc_vec_env": ("SubprocVecEnv",),
+    "stable_baselines3.common.vec_env.vec_transpose": ("VecTransposeImage",),
+    "stable_baselines3.common.vec_env.vec_extract_dict_obs": ("VecExtractDictObs",),
+    "stable_baselines3.common.vec_env.vec_check_nan": ("VecCheckNan",),
+}
+# Settings, which belong to whoever makes the environments, are not among the attributes
+WRAPPERS: dict[str, Attributes] = {
+    **{f"{module}.{name}": Attributes() for module, names in _STATELESS.items() for name in names},
+    f"{_COMMON}TimeLimit": Attributes(episode=("_elapsed_steps",)),
+    f"{_COMMON}OrderEnforcing": Attributes(episode=("_has_reset",)),
+    f"{_COMMON}RecordEpisodeStatistics": Attributes(
+        run=("episode_count", "time_queue", "return_queue", "length_queue"),
+        episode=("episode_start_time", "episode_returns", "episode_lengths"),
+    ),
+    f"{_OBSERVATION}FrameStackObservation": Attributes(episode=("obs_queue",)),
+    f"{_OBSERVATION}DelayObservation": Attributes(episode=("observation_queue",)),
+    f"{_OBSERVATION}TimeAwareObservation": Attributes(episode=("timesteps",)),
+    f"{_OBSERVATION}MaxAndSkipObservation": Attributes(episode=("_obs_buffer",)),
+    f"{_OBSERVATION}NormalizeObservation": Attributes(run=("obs_rms",)),
+    "gymnasium.wrappers.stateful_reward.NormalizeReward": Attributes(run=("return_rms",), episode=("discounted_reward",)),
+    f"{_ACTION}StickyAction": Attributes(episode=("last_action", "is_sticky_actions", "num_repeats", "repeats_taken")),
+    f"{_SB3}monitor.Monitor": Attributes(
+        run=("t_start", "results_writer", "episode_returns", "episode_lengths", "episode_times", "total_steps"),
+        episode=("rewards", "needs_reset", "current_reset_info"),
+    ),
+    f"{_SB3}vec_env.vec_monitor.VecMonitor": Attributes(
+        run=("t_start", "results_writer", "episode_count"), episode=("episode_returns", "episode_lengths")
+    ),
+    f"{_SB3}vec_env.vec_normalize.VecNormalize": Attributes(
+        run=("obs_rms", "ret_rms"), episode=("returns", "old_obs", "old_reward")
+    ),
+    f"{_SB3}vec_env.vec_frame_stack.VecFrameStack": Attributes(episode=("stacked_obs",)),
+}
+# Attributes that hold a time at which something began, and their clock: what is kept is how long ago that was
+CLOCKS: dict[str, Callable[[], float]] = {"t_start": time.time, "episode_start_time": time.perf_counter}
+
+# Attributes of a wrapper that has none of its own
+BARE_WRAPPER = {*vars(gym.Wrapper(gym.Env())), "_saved_kwargs"}
+
+# Where the classes of known tasks are defined
+TASKS = ("gymnasium.envs.classic_control.", "gymnasium.envs.mujoco.")
+DM_CONTROL_TASKS = ("dm_control.suite.",)
+DM_CONTROL_PHYSICS = ("dm_control.suite.", "dm_control.mujoco.engine")
+# Attributes of tasks that say how they were made, and that draw pictures
+SETTINGS = ("spec", "metadata", "_ezpickle_args", "_ezpickle_kwargs", "_cached_spec")
+DRAWING = ("pygame", "gymnasium.envs.mujoco.mujoco_rendering")
+PLAIN = (bool, int, float, complex, str, bytes, np.generic, np.ndarray, type(None))
+MUJOCO = ("mujoco._structs.MjModel", "mujoco._structs.MjData")
+# Arrays of a simulator's model from so many bytes on (meshes, textures) are not saved but compared by a checksum
+LARGE = 2**20
+
+
+class UnknownState(Exception):
+    """The state of something is not to be had, or does not fit; the message says of what, in a few words."""
+
+
+def capture(venv: VecEnv) -> State:
+    """
+    :param venv: Vectorized environments, between two steps
+    :return: Their state, to be pickled: that of the ``wrappers`` around them and of the layers of each of the
+        ``environments``, and the reason for which the episodes cannot go on from it, ``unknown`` (None if they can)
+    """
+    wrappers = [_capture_layer(layer) for layer in _vec_layers(venv)]
+    layers, reasons = list(wrappers), []
+    environments: list[list[State]] = []
+    try:
+        environments = [pickle.loads(pickled) for pickled in _call_on_each(venv, _capture_env)]
+        layers += [layer for env in environments for layer in env]
+    except Exception as error:  # Theirs: whatever it is, the rest of the run can be saved
+        reasons.append(repr(error))
+    reasons += [layer["unknown"] for layer in layers if layer["unknown"]]
+    return {"wrappers": wrappers, "environments": environments, "unknown": reasons[0] if reasons else None}
+
+
+def restore(venv: VecEnv, state: State, within_episode: bool) -> None:
+    """
+    Put a state back. The environments were reset before.
+
+    :param venv: Vectorized environments, made and wrapped as those of ``capture``
+    :param state: From ``capture``
+    :param within_episode: Whether the episodes go on, or only the run
+    :raises UnknownState: If they were not made and wrapped as those of ``capture``; the episodes must then begin anew. What
+        belongs to the run has been restored for the wrappers that are there.
+    """
+    now = list(_vec_layers(venv))
+    reasons = [_restore_layers(now, state["wrappers"], within_episode)]
+    if state["environments"]:
+        pickled = [pickle.dumps((layers, within_episode)) for layers in state["environments"]]
+        reasons += _call_on_each(venv, _restore_env, pickled)
+    for reason in filter(None, reasons):
+        raise UnknownState(reason)
+
+
+def _vec_layers(venv: VecEnv) -> Iterator[VecEnv]:
+    yield venv
+    while isinstance(venv, VecEnvWrapper):
+        venv = venv.venv
+        yield venv
+
+
+def _env_layers(env: gym.Env) -> Iterator[gym.Env]:
+    yield env
+    while isinstance(env, gym.Wrapper):
+        env = env.env
+        yield env
+
+
+def _call_on_each(venv: VecEnv, function: Callable[..., Any], arguments: list[Any] | None = None) -> list[Any]:
+    """
+    Call a function with each of the environments, where they are.
+
+    :param venv: Vectorized environments
+    :param function: A function of this module that does not raise: that would end a process
+    :param arguments: A second argument for each
+    :return: What it returns; nothing of vectorized environments that are not known
+    :raises UnknownState: If the environments do not answer
+    """
+    *_, innermost = _vec_layers(venv)
+    columns = [(argument,) for argument in arguments] if arguments else [()] * venv.num_envs
+    if type(innermost) is DummyVecEnv:
+        return [function(env, *column) for env, column in zip(innermost.envs, columns, strict=True)]
+    if type(innermost) is SubprocVecEnv:
+        name = _MethodName(function.__name__)
+        if innermost.waiting or not innermost.has_attr(name):
+            raise UnknownState("the environments' processes do not answer")
+        return [innermost.env_method(name, *column, indices=i)[0] for i, column in enumerate(columns)]
+    return []
+
+
+class _MethodName(str):
+    """
+    Name of a function of this module. ``SubprocVecEnv`` can call methods of environments alone; on its way to their process
+    the name makes the function one.
+    """
+
+    def __reduce__(self) -> tuple[Callable[[str], str], tuple[str]]:
+        return _make_method, (str(self),)
+
+
+def _make_method(name: str) -> str:
+    method_name = f"_sb3_mfpo{name}"
+    setattr(gym.Env, method_name, globals()[name])
+    return method_name
+
+
+def _capture_env(env: gym.Env) -> bytes:
+    try:
+        return pickle.dumps([_capture_layer(layer) for layer in _env_layers(env)])
+    except Exception as error:  # Of a state that cannot be pickled, for one
+        return pickle.dumps([{"name": _name(env), "run": {}, "episode": {}, "unknown": f"{_name(env)}: {error!r}"}])
+
+
+def _restore_env(env: gym.Env, pickled: bytes) -> str | None:
+    try:
+        layers, within_episode = pickle.loads(pickled)
+        return _restore_layers(list(_env_layers(env)), layers, within_episode)
+    except Exception as error:
+        return f"{_name(env)}: {error!r}"
+
+
+def _capture_layer(layer: Any) -> State:
+    """
+    :param layer: An environment, or a wrapper without what it wraps
+    :return: Its ``name``; the parts ``run`` and ``episode`` of its state; ``unknown``, what of the latter is not known
+    """
+    name, run, episode, unknown = _name(layer), {}, {}, None
+    run["generators"] = _generators_of(layer)
+    try:
+        if hasattr(type(layer), "state_dict") and hasattr(type(layer), "load_state_dict"):
+            episode = {"state_dict": layer.state_dict()}
+        elif name in WRAPPERS:
+            run |= {key: _attribute(layer, key) for key in WRAPPERS[name].run if hasattr(layer, key)}
+            episode = {key: _attribute(layer, key) for key in WRAPPERS[name].episode if hasattr(layer, key)}
+        elif name.startswith(TASKS):
+            episode = {"task": _task_state(layer)}
+        elif name == "shimmy.dm_control_compatibility.DmControlCompatibilityV0":
+            episode = {"dm_control": _dm_control_state(layer._env)}
+        elif not (isinstance(layer, gym.Wrapper) and vars(layer).keys() <= BARE_WRAPPER):
+            raise UnknownState(f"{name} has no `state_dict` and `load_state_dict`")
+    except Exception as error:
+        episode, unknown = {}, str(error) if isinstance(error, UnknownState) else f"{name}: {error!r}"
+    return {"name": name, "run": run, "episode": episode, "unknown": unknown}
+
+
+def _restore_layers(layers: list[Any], states: list[State], within_episode: bool) -> str | None:
+    """
+    :param layers: Wrappers, the outermost first, and what they wrap
+    :param states: Of layers that were there once
+    :param within_episode: Whether the episode goes on
+    :return: Why the episode cannot go on, None if it can or need not
+    """
+    names, saved_names = [_name(layer) for layer in layers], [state["name"] for state in states]
+    if names != saved_names:
+        for state in states:
+            if names.count(state["name"]) == saved_names.count(state["name"]) == 1:
+                _restore_attributes(layers[names.index(state["name"])], state["run"])
+        return f"the environments were {' < '.join(saved_names)} and are {' < '.join(names)}"
+    for layer, state in zip(layers, states, strict=True):
+        _restore_attributes(layer, state["run"])
+    if within_episode:
+        for layer, state in zip(layers, states, strict=True):
+            _restore_episode(layer, state["episode"])
+    return None
+
+
+def _restore_episode(layer: Any, state: State) -> None:
+    if "state_dict" in state:
+        layer.load_state_dict(state["state_dict"])
+    elif "task" in state:
+        _restore_task(layer, state["task"])
+    elif "dm_control" in state:
+        _restore_dm_control(layer._env, state["dm_control"])
+    else:
+        _restore_attributes(layer, state)
+
+
+def _name(thing: Any) -> str:
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+
+
+# Wrappers
+
+
+def _attribute(layer: Any, key: str) -> Any:
+    value = getattr(layer, key)
+    if key in CLOCKS:
+        return CLOCKS[key]() - value
+    if isinstance(value, ResultsWriter):
+        value.file_handler.flush()
+        with open(value.file_handler.name, newline="") as file:
+            return file.read()
+    return value
+
+
+def _restore_attributes(layer: Any, state: State) -> None:
+    for key, value in state.items():
+        current = getattr(layer, key, None)
+        if key == "generators":
+            _restore_generators(layer, value)
+        elif key in CLOCKS:
+            setattr(layer, key, CLOCKS[key]() - value)
+        elif key == "results_writer":
+            if current is not None and value is not None:
+                rewrite(current.file_handler, value)
+        else:
+            setattr(layer, key, value)
+
+
+def rewrite(file: Any, content: str) -> None:
+    """
+    :param file: An open text file
+    :param content: What shall be in it, whatever is there now
+    """
+    file.seek(0)
+    file.truncate()
+    file.write(content)
+    file.flush()
+
+
+# Random numbers
+
+
+def _generators_of(layer: Any) -> State:
+    """
+    :param layer: An environment or a wrapper
+    :return: States of its generator and of those of its own spaces; of what has never drawn there is none
+    """
+    own = vars(layer)
+    states = {"env": _generator_state(own.get("_np_random"))}
+    for name in ("action_space", "observation_space"):
+        space = own.get(name, own.get(f"_{name}"))
+        states[name] = [_generator_state(part._np_random) for part in _parts(space)]
+    return states
+
+
+def _restore_generators(layer: Any, states: State) -> None:
+    if states["env"] is not None:
+        layer._np_random = _generator(states["env"])
+    own = vars(layer)
+    for name in ("action_space", "observation_space"):
+        space = own.get(name, own.get(f"_{name}"))
+        for part, state in zip(_parts(space), states[name], strict=False):
+            if state is not None:
+                part._np_random = _generator(state)
+
+
+def _parts(space: Any) -> Iterator[spaces.Space]:
+    if isinstance(space, spaces.Space):
+        yield space
+        children = getattr(space, "spaces", ())
+        for child in children.values() if isinstance(children, dict) else children:
+            yield from _parts(child)
+
+
+def _generator_state(generator: np.random.Generator | None) -> Any:
+    return None if generator is None else generator.bit_generator.state
+
+
+def _generator(state: Any) -> np.random.Generator:
+    generator = np.random.Generator(getattr(np.random, state["bit_generator"])())
+    generator.bit_generator.state = state
+    return generator
+
+
+# Tasks of Gymnasium
+
+
+def _task_state(env: Any) -> State:
+    """
+    :param env: A MuJoCo or classic-control task
+    :return: Its attributes, and the state of its simulator
+    """
+    simulation = _simulation_state(env.model, env.data) if hasattr(env, "data") else None
+    return {"simulation": simulation, "attributes": _plain_attributes(env)}
+
+
+def _restore_task(env: Any, state: State) -> None:
+    if state["simulation"] is not None:
+        _restore_simulation(env.model, env.data, state["simulation"])
+    vars(env).update(state["attributes"])
+
+
+def _plain_attributes(thing: Any) -> State:
+    """
+    :param thing: A task
+    :return: Its attributes of plain types
+    :raises UnknownState: If an attribute is neither plain nor known not to be a state
+    """
+    attributes = {}
+    for name, value in vars(thing).items():
+        if name in SETTINGS or _is_saved_elsewhere(value) or _name(value).startswith(DRAWING):
+            continue
+        if not _is_plain(value):
+            raise UnknownState(f"the attribute `{name}` of {_name(thing)} is a {_name(value)}")
+        attributes[name] = value
+    return attributes
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_is_plain(part) for pair in value.items() for part in pair)
+    if isinstance(value, (list, tuple, set, deque)):
+        return all(map(_is_plain, value))
+    return isinstance(value, PLAIN) and not (isinstance(value, np.ndarray) and value.dtype.hasobject)
+
+
+def _is_saved_elsewhere(value: Any) -> bool:
+    functions = (FunctionType, MethodType, BuiltinFunctionType, type)
+    generators = (np.random.Generator, np.random.RandomState, spaces.Space)
+    return isinstance(value, (*functions, *generators)) or _name(value) in MUJOCO
+
+
+# Tasks of dm_control's suite
+
+
+def _dm_control_state(env: Any) -> State:
+    """
+    :param env: Of dm_control
+    :return: The states of its task with its random numbers, and of its physics
+    """
+    if _name(env) != "dm_control.rl.control.Environment":
+        raise UnknownState(f"{_name(env)} is not a task of dm_control's suite")
+    task, physics = env.task, env.physics
+    if not (_name(task).startswith(DM_CONTROL_TASKS) and _name(physics).startswith(DM_CONTROL_PHYSICS)):
+        raise UnknownState(f"{_name(task)} is not a task of dm_control's suite")
+    return {
+        "env": {name: getattr(env, name) for name in ("_step_count", "_reset_next_step")},
+        "task": _plain_attributes(task),
+        "random": task.random.get_state(),
+        "simulation": _simulation_state(physics.model.ptr, physics.data.ptr),
+    }
+
+
+def _restore_dm_control(env: Any, state: State) -> None:
+    vars(env).update(state["env"])
+    vars(env.task).update(state["task"])
+    env.task.random.set_state(state["random"])
+    _restore_simulation(env.physics.model.ptr, env.physics.data.ptr, state["simulation"])
+
+
+# MuJoCo
+
+
+def _simulation_state(model: Any, data: Any) -> State:
+    """
+    :param model: ``mujoco.MjModel``, which tasks change as well (a target's place)
+    :param data: ``mujoco.MjData``
+    :return: The state that a simulation goes on from, all that was computed from it so far, and the model
+    """
+    import mujoco
+
+    kind = mujoco.mjtState.mjSTATE_INTEGRATION
+    integration = np.empty(mujoco.mj_stateSize(model, kind))
+    mujoco.mj_getState(model, data, integration, kind)
+    return {
+        "integration": integration,
+        "data": dict(_arrays(data)),
+        "model": {name: array if array.nbytes < LARGE else _checksum(array) for name, array in _arrays(model)},
+        "options": {name: value for name, value in _members(model.opt) if isinstance(value, PLAIN)},
+    }
+
+
+def _restore_simulation(model: Any, data: Any, state: State) -> None:
+    import mujoco
+
+    for name, array in _arrays(model):
+        saved = state["model"][name]
+        if isinstance(saved, np.ndarray) and saved.shape == array.shape:
+            array[...] = saved
+        elif isinstance(saved, np.ndarray) or saved != _checksum(array):
+            raise UnknownState(f"`{name}` of the simulator's model is another one")
+    for name, value in state["options"].items():
+        current = getattr(model.opt, name)
+        if isinstance(value, np.ndarray):
+            current[...] = value
+        elif current != value:
+            setattr(model.opt, name, value)
+    mujoco.mj_setState(model, data, state["integration"], mujoco.mjtState.mjSTATE_INTEGRATION)
+    # Contacts and constraints, which the next step may begin from
+    mujoco.mj_forward(model, data)
+    # What was computed before the last move, and is read before the next one
+    for name, array in _arrays(data):
+        if array.shape == state["data"][name].shape:
+            array[...] = state["data"][name]
+
+
+def _members(struct: Any) -> Iterator[tuple[str, Any]]:
+    for name in dir(struct):
+        if not name.startswith("_"):
+            yield name, getattr(struct, name)
+
+
+def _arrays(struct: Any) -> Iterator[tuple[str, np.ndarray]]:
+    for name, value in _members(struct):
+        if isinstance(value, np.ndarray):
+            yield name, value
+
+
+def _checksum(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()

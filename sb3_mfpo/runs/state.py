@@ -1,0 +1,282 @@
+"""What a run consists of besides its model file: taking it, and putting it back."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+import random
+import warnings
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+from stable_baselines3.common.logger import CSVOutputFormat, HumanOutputFormat, JSONOutputFormat, KVWriter, Logger
+from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
+
+from sb3_mfpo.runs import environments
+from sb3_mfpo.runs.environments import UnknownState
+
+# Attribute of a callback that holds digests of its plain attributes, as they were when its first training began
+START = "_data_at_start"
+# What a callback may count or collect
+PLAIN = (bool, int, float, str, np.number, np.ndarray, list, tuple, dict, type(None))
+
+
+def run_state(model: Any, callback: BaseCallback) -> dict[str, Any]:
+    """
+    All of a run that SB3's model file does not hold. To be taken between rollouts.
+
+    :param model: An algorithm in training
+    :param callback: The callbacks of the training, as one
+    :return: For ``write_run``; arrays are those in use, not copies
+    """
+    return {
+        "run_id": model._run_id,
+        "replay_buffer": model.replay_buffer,
+        "random": random_states(model),
+        "last_obs": model._last_obs,
+        "last_original_obs": model._last_original_obs,
+        # Where the training was ended within a rollout, its environments are one step ahead
+        "episode_starts": model._episode_starts & (model._stored_timesteps == model.num_timesteps),
+        "environments": _environments_of(model),
+        "has_normalizer": model.get_vec_normalize_env() is not None,
+        "logger": _logger_state(model.logger),
+        "callbacks": [(type(part).__name__, _callback_state(part)) for part in parts_of(callback)],
+    }
+
+
+def _environments_of(model: Any) -> dict[str, Any]:
+    state = environments.capture(model.env)
+    if model._stored_timesteps != model.num_timesteps:
+        state["unknown"] = "the training was ended within a rollout, when the environments were one step ahead"
+    return state
+
+
+def random_states(model: Any) -> dict[str, Any]:
+    """
+    :param model: An algorithm
+    :return: The states of all generators that its training draws from
+    """
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": th.get_rng_state(),
+        "cuda": th.cuda.get_rng_state_all() if model.device.type == "cuda" else [],
+        "action_space": model.action_space.np_random.bit_generator.state,
+    }
+
+
+def restore_random_states(model: Any, states: dict[str, Any]) -> None:
+    """
+    :param model: An algorithm
+    :param states: From ``random_states``
+    """
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    th.set_rng_state(states["torch"])
+    if model.device.type == "cuda" and len(states["cuda"]) == th.cuda.device_count():
+        th.cuda.set_rng_state_all(states["cuda"])
+    model.action_space.np_random.bit_generator.state = states["action_space"]
+
+
+def restore_buffer(model: Any, state: dict[str, Any]) -> None:
+    """
+    Put a replay buffer back.
+
+    :param model: A model with an environment
+    :param state: From ``read_run``
+    :raises ValueError: If the number of environments is another one
+    """
+    buffer: ReplayBuffer = state["replay_buffer"]
+    if buffer.n_envs != model.n_envs:
+        raise ValueError(f"`env` has {model.n_envs} environments, but the run was saved with {buffer.n_envs}.")
+    buffer.device = model.device
+    if isinstance(buffer, HerReplayBuffer):
+        buffer.set_env(model.env)
+    model.replay_buffer = buffer
+
+
+def restore_run(model: Any, state: dict[str, Any], callback: BaseCallback) -> None:
+    """
+    Put everything else back, after the environments were reset and the logger was made. Where the episodes cannot go on, they
+    end in the replay buffer as by a time limit, and new ones have begun.
+
+    :param model: A model whose training is about to begin
+    :param state: From ``read_run``
+    :param callback: The callbacks of the training, as one
+    :raises ValueError: If the environments are normalised now and were not then, or the reverse
+    """
+    normalizer = model.get_vec_normalize_env()
+    if (normalizer is not None) != state["has_normalizer"]:
+        how = "with `VecNormalize`: wrap `env` in one" if state["has_normalizer"] else "without `VecNormalize`: unwrap `env`"
+        raise ValueError(f"The run was saved {how}.")
+    reason = _restore_environments(model, state["environments"])
+    if reason is None:
+        for name in ("last_obs", "last_original_obs", "episode_starts"):
+            setattr(model, f"_{name}", state[name])
+    else:
+        _end_episodes(model, state["episode_starts"])
+        warnings.warn(f"The environments begin new episodes, as they cannot go on where they were: {reason}.", stacklevel=6)
+    _restore_logger(model.logger, state["logger"])
+    for part, (kind, saved) in zip(parts_of(callback), state["callbacks"], strict=False):
+        if type(part).__name__ == kind:
+            _restore_callback(part, saved)
+    restore_random_states(model, state["random"])
+
+
+def _restore_environments(model: Any, saved: dict[str, Any]) -> str | None:
+    """
+    :param model: A model whose environments were reset
+    :param saved: From ``environments.capture``
+    :return: Why the environments have begun new episodes; None if they go on
+    """
+    reason = saved["unknown"]
+    if reason is None:
+        try:
+            environments.restore(model.env, saved, within_episode=True)
+            return None
+        except UnknownState as error:
+            reason = str(error)
+            # Some of them may have been put back
+            model._last_obs = model.env.reset()
+    with suppress(UnknownState):
+        environments.restore(model.env, saved, within_episode=False)
+    normalizer = model.get_vec_normalize_env()
+    if normalizer is not None:
+        # The reset has normalised by statistics that knew nothing
+        model._last_original_obs = normalizer.get_original_obs()
+        model._last_obs = normalizer.normalize_obs(model._last_original_obs)
+    return reason
+
+
+def _end_episodes(model: Any, episode_starts: np.ndarray) -> None:
+    """
+    :param model: A model with the run's replay buffer
+    :param episode_starts: Which environments had just begun an episode, shape (n_envs,)
+    """
+    buffer = model.replay_buffer
+    if isinstance(buffer, HerReplayBuffer):
+        with warnings.catch_warnings():
+            # It says that it does what is wanted here
+            warnings.filterwarnings("ignore", message="The last trajectory in the replay buffer will be truncated")
+            buffer.truncate_last_trajectory()
+    elif buffer.size() > 0:
+        ends = buffer.dones if buffer.optimize_memory_usage else buffer.timeouts
+        ends[buffer.pos - 1, ~episode_starts] = True
+
+
+# The logger: what it has not yet written, and its files, which a new one has emptied
+
+
+def _logger_state(logger: Logger) -> dict[str, Any]:
+    return {
+        "values": {name: dict(getattr(logger, name)) for name in ("name_to_value", "name_to_count", "name_to_excluded")},
+        "files": [_log_file(output) for output in _outputs_to_files(logger)],
+    }
+
+
+def _restore_logger(logger: Logger, state: dict[str, Any]) -> None:
+    for name, values in state["values"].items():
+        getattr(logger, name).update(values)
+    files = list(state["files"])
+    for output in _outputs_to_files(logger):
+        saved = next((file for file in files if file["kind"] == type(output).__name__), None)
+        if saved is not None:
+            files.remove(saved)
+            environments.rewrite(output.file, saved["content"])
+            if isinstance(output, CSVOutputFormat):
+                output.keys = saved["keys"]
+
+
+def _outputs_to_files(logger: Logger) -> list[Any]:
+    return [output for output in logger.output_formats if _writes_a_file(output)]
+
+
+def _writes_a_file(output: KVWriter) -> bool:
+    if isinstance(output, HumanOutputFormat):
+        return output.own_file
+    return isinstance(output, (CSVOutputFormat, JSONOutputFormat))
+
+
+def _log_file(output: Any) -> dict[str, Any]:
+    output.file.flush()
+    with open(output.file.name, newline="") as file:
+        return {"kind": type(output).__name__, "content": file.read(), "keys": list(getattr(output, "keys", []))}
+
+
+# Callbacks
+
+
+def parts_of(callback: BaseCallback) -> list[BaseCallback]:
+    """
+    :param callback: A callback
+    :return: It and all callbacks within it, each once, always in the same order
+    """
+    parts = [callback]
+    for part in parts:
+        for value in vars(part).values():
+            for child in value if isinstance(value, list) else [value]:
+                if isinstance(child, BaseCallback) and all(child is not known for known in parts):
+                    parts.append(child)
+    return parts
+
+
+def remember_start(callback: BaseCallback) -> None:
+    """
+    Let checkpoints hold what callbacks count and collect from now on, or from when they were first remembered.
+
+    :param callback: The callbacks of a training that begins, as one
+    """
+    for part in parts_of(callback):
+        vars(part).setdefault(START, {name: _digest(data) for name, data in _plain_attributes(part).items()})
+
+
+def _callback_state(callback: BaseCallback) -> dict[str, Any]:
+    """
+    :param callback: A callback whose start was remembered
+    :return: ``data``: public attributes of plain types that have changed since then; ``environments``, those that it evaluates
+        in
+    """
+    start = vars(callback).get(START, {})
+    changed = {name: data for name, data in _plain_attributes(callback).items() if _digest(data) != start.get(name)}
+    evaluation = environments.capture(callback.eval_env) if isinstance(callback, EvalCallback) else None
+    return {"data": changed, "environments": evaluation}
+
+
+def _restore_callback(callback: BaseCallback, state: dict[str, Any]) -> None:
+    vars(callback).update({name: pickle.loads(data) for name, data in state["data"].items()})
+    saved = state["environments"]
+    if isinstance(callback, EvalCallback) and saved is not None:
+        with suppress(UnknownState):
+            environments.restore(callback.eval_env, saved, within_episode=saved["unknown"] is None)
+
+
+class _DataPickler(pickle.Pickler):
+    """Refuses what is no data."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, (BaseCallback, BaseAlgorithm, VecEnv, th.nn.Module, ReplayBuffer)):
+            raise pickle.PicklingError
+        return NotImplemented
+
+
+def _plain_attributes(callback: BaseCallback) -> dict[str, bytes]:
+    attributes = {}
+    for name, value in vars(callback).items():
+        if isinstance(value, PLAIN) and not name.startswith("_") and name not in ("locals", "globals", "callbacks"):
+            data = io.BytesIO()
+            # A list may hold anything
+            with suppress(Exception):
+                _DataPickler(data).dump(value)
+                attributes[name] = data.getvalue()
+    return attributes
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
