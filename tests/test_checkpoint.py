@@ -22,12 +22,18 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3 import HerReplayBuffer
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback
+from stable_baselines3 import SAC, HerReplayBuffer
+from stable_baselines3.common.callbacks import (
+    BaseCallback,
+    CallbackList,
+    CheckpointCallback,
+    EvalCallback,
+    EveryNTimesteps,
+)
 from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.noise import NormalActionNoise
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper, VecNormalize
 
 from sb3_mfpo import MFPO, RunCheckpointCallback
 from sb3_mfpo.runs import checkpoint, state
@@ -248,6 +254,175 @@ def test_callbacks_go_on(tmp_path: Path) -> None:
         assert evaluation.best_mean_reward == 5.0 and evaluation.eval_freq == 14
     assert evaluation.n_calls == 63
     assert evaluation.evaluations_timesteps == [7, 14, 21, 28, 35, 42, 56]
+
+
+# Callbacks of all kinds
+
+
+def test_callbacks_that_refer_to_each_other(tmp_path: Path) -> None:
+    first, second = Record(), Record()
+    first.other, second.other = second, [first]  # type: ignore[attr-defined]
+    callback = CallbackList([first, RunCheckpointCallback(10, tmp_path), second])
+    make_model(MFPO).learn(20, callback=callback)
+    model = MFPO.resume(tmp_path, RandomEnv())
+    assert len(read_run(tmp_path / "run_20_steps.zip")["callbacks"]) == 4
+    model.learn(30, callback=callback)
+    assert [row["step"] for row in first.rows] == list(range(1, 31))
+
+
+class Unpicklable(list):
+    def __reduce__(self) -> Any:
+        raise AssertionError("It was pickled")
+
+
+def test_callbacks_are_not_looked_at_without_checkpoints() -> None:
+    callback = Record()
+    callback.data = Unpicklable()  # type: ignore[attr-defined]
+    make_model(MFPO).learn(12, callback=callback)
+    assert not [name for name in vars(callback) if "start" in name]
+
+
+def test_a_model_in_a_list_of_a_callback_is_not_saved_with_it(tmp_path: Path) -> None:
+    """Data is saved, not what a callback works on."""
+    model, callback = make_model(MFPO), Record()
+    callback.models, callback.counts = [], []  # type: ignore[attr-defined]
+
+    class Collect(BaseCallback):
+        def _on_step(self) -> bool:
+            callback.models.append(self.model)  # type: ignore[attr-defined]
+            callback.counts.append(self.n_calls)  # type: ignore[attr-defined]
+            return True
+
+    model.learn(12, callback=[callback, Collect(), RunCheckpointCallback(100, tmp_path)])
+    ((_, saved),) = [part for part in read_run(tmp_path / "run_12_steps.zip")["callbacks"] if part[0] == "Record"]
+    assert pickle.loads(saved["data"]["counts"]) == list(range(1, 13)) and "models" not in saved["data"]
+
+
+NESTED: dict[str, Callable[[BaseCallback], BaseCallback]] = {
+    "EveryNTimesteps": lambda callback: EveryNTimesteps(10, callback),
+    "after evaluation": lambda callback: evaluating(callback_after_eval=callback),
+    "on a new best": lambda callback: evaluating(callback_on_new_best=callback),
+    "in a list within": lambda callback: EveryNTimesteps(10, CallbackList([Record(), callback])),
+}
+
+
+def evaluating(**kwargs: Any) -> EvalCallback:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return EvalCallback(Monitor(RandomEnv()), eval_freq=10, n_eval_episodes=1, verbose=0, **kwargs)
+
+
+@pytest.mark.parametrize("how", NESTED)
+def test_checkpoints_on_events(how: str, tmp_path: Path) -> None:
+    """Where SB3's own callback writes, and at the end."""
+    expected, ours = tmp_path / "expected", tmp_path / "ours"
+    make_model(MFPO, seed=0).learn(35, callback=NESTED[how](CheckpointCallback(1, str(expected))))
+    make_model(MFPO, seed=0).learn(35, callback=NESTED[how](RunCheckpointCallback(1, ours, keep=9)))
+    steps = {int(path.stem.split("_")[-2]) for path in expected.iterdir()}
+    assert steps and {checkpoint.steps_of(path) for path in ours.iterdir()} == steps | {35}
+
+
+@pytest.mark.parametrize("how", NESTED)
+def test_a_signal_saves_within_events_too(how: str, tmp_path: Path) -> None:
+    callback = NESTED[how](RunCheckpointCallback(100, tmp_path))
+    with pytest.raises(SystemExit):
+        make_model(MFPO).learn(50, callback=[callback, Send(signal.SIGTERM, 13)])
+    assert [path.name for path in tmp_path.iterdir()] == ["run_13_steps.zip"]
+
+
+def test_runs_of_other_algorithms_are_refused(tmp_path: Path) -> None:
+    model = SAC("MlpPolicy", RandomEnv(), buffer_size=100)
+    with pytest.raises(ValueError, match=r"saves runs of MFPO and SOM.*not of SAC: use SB3's `CheckpointCallback`"):
+        model.learn(10, callback=RunCheckpointCallback(5, tmp_path))
+    assert model.num_timesteps == 0
+
+
+# Checkpoints of other runs
+
+
+def test_another_run_in_the_folder_is_an_error_at_the_start(tmp_path: Path) -> None:
+    """It is neither deleted nor taken for this run's newest."""
+    make_model(MFPO).learn(30, callback=RunCheckpointCallback(10, tmp_path))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    other = make_model(MFPO, seed=1)
+    with pytest.raises(ValueError, match=r"holds checkpoints of another run.*run_20_steps\.zip.*`MFPO\.resume`"):
+        other.learn(40, callback=RunCheckpointCallback(5, tmp_path))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert other.num_timesteps == 0
+    other.learn(20, callback=RunCheckpointCallback(5, tmp_path, name_prefix="other"))
+    assert MFPO.resume(tmp_path, RandomEnv()).num_timesteps == 30
+    assert MFPO.resume(tmp_path, RandomEnv(), name_prefix="other").num_timesteps == 20
+
+
+def test_a_second_training_in_one_script(tmp_path: Path) -> None:
+    """It begins anew, so that it is another run, unless its steps go on."""
+    model, callback = make_model(MFPO), RunCheckpointCallback(10, tmp_path)
+    model.learn(30, callback=callback)
+    with pytest.raises(ValueError, match="holds checkpoints of another run"):
+        model.learn(20, callback=callback)
+    model = MFPO.resume(tmp_path, RandomEnv()).learn(30)
+    model.learn(15, callback=callback, reset_num_timesteps=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"run_40_steps.zip", "run_45_steps.zip"}
+
+
+def test_going_on_from_an_older_checkpoint(tmp_path: Path) -> None:
+    """The later ones are of another future: they would be taken for the newest."""
+    make_model(MFPO).learn(40, callback=RunCheckpointCallback(10, tmp_path, keep=9))
+    model = MFPO.resume(tmp_path / "run_20_steps.zip", RandomEnv())
+    with pytest.raises(ValueError, match=r"later steps of this one.*run_30_steps\.zip"):
+        model.learn(40, callback=RunCheckpointCallback(10, tmp_path))
+    for steps in (30, 40):
+        (tmp_path / f"run_{steps}_steps.zip").unlink()
+    MFPO.resume(tmp_path, RandomEnv()).learn(33, callback=RunCheckpointCallback(10, tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {"run_30_steps.zip", "run_33_steps.zip"}
+
+
+def test_a_damaged_newest_checkpoint_is_in_nobodys_way(tmp_path: Path) -> None:
+    make_model(MFPO).learn(40, callback=RunCheckpointCallback(20, tmp_path))
+    damage(tmp_path / "run_40_steps.zip", "array")
+    with pytest.warns(UserWarning, match="Going back to an older one"):
+        model = MFPO.resume(tmp_path, RandomEnv())
+    model.learn(40, callback=RunCheckpointCallback(20, tmp_path))
+    assert MFPO.resume(tmp_path, RandomEnv()).num_timesteps == 40
+
+
+def test_the_suffix_may_be_left_out(tmp_path: Path) -> None:
+    make_model(MFPO).learn(20, callback=RunCheckpointCallback(20, tmp_path))
+    assert MFPO.resume(tmp_path / "run_20_steps", RandomEnv()).num_timesteps == 20
+
+
+class NoAttributes(VecEnvWrapper):
+    """As wrappers of users are, which have no environments to ask."""
+
+    def reset(self) -> Any:
+        return self.venv.reset()
+
+    def step_wait(self) -> Any:
+        return self.venv.step_wait()
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> Any:
+        # The one that SB3's constructor asks for
+        if attr_name == "render_mode":
+            return [None]
+        raise NotImplementedError
+
+    def env_method(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    has_attr = env_method
+
+
+def test_environments_that_cannot_be_asked(tmp_path: Path) -> None:
+    """Training goes on; their state is not in the checkpoints, which is said once."""
+    env = NoAttributes(DummyVecEnv([RandomEnv]))
+    env.note = "an attribute of its own"  # type: ignore[attr-defined]
+    with pytest.warns(UserWarning, match=r"do not hold the state.*NoAttributes has no `state_dict`") as warned:
+        make_model(MFPO, env).learn(31, callback=RunCheckpointCallback(10, tmp_path))
+    assert len(warned) == 1
+    model = MFPO.resume(tmp_path, env)
+    with pytest.warns(UserWarning, match="begin new episodes"):
+        model.learn(40)
+    assert (model.num_timesteps, model.replay_buffer.size()) == (40, 40)
 
 
 # Damage

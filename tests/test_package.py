@@ -19,7 +19,7 @@ ALLOWED = {
     "common/acceleration": {"torch"},
     "runs/checkpoint": {"numpy", "stable_baselines3", "sb3_mfpo.common.files"},
     "runs/environments": {"numpy", "gymnasium", "stable_baselines3", "mujoco"},
-    "runs/state": {"torch", "numpy", "stable_baselines3", "sb3_mfpo.runs"},
+    "runs/state": {"torch", "numpy", "stable_baselines3", "tensorboard", "sb3_mfpo.runs"},
     "runs/callback": {"stable_baselines3", "sb3_mfpo.common.checks", "sb3_mfpo.runs"},
     "common/files": set(),
     "common/buffers": {"numpy", "stable_baselines3"},

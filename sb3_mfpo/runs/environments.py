@@ -47,8 +47,6 @@ _STATELESS = {
     "gymnasium.wrappers.common": ("PassiveEnvChecker",),
     "gymnasium.wrappers.stateful_action": ("RepeatAction",),
     "sb3_mfpo.envs": ("DMControlTask",),
-    "stable_baselines3.common.vec_env.dummy_vec_env": ("DummyVecEnv",),
-    "stable_baselines3.common.vec_env.subproc_vec_env": ("SubprocVecEnv",),
     "stable_baselines3.common.vec_env.vec_transpose": ("VecTransposeImage",),
     "stable_baselines3.common.vec_env.vec_extract_dict_obs": ("VecExtractDictObs",),
     "stable_baselines3.common.vec_env.vec_check_nan": ("VecCheckNan",),
@@ -56,6 +54,9 @@ _STATELESS = {
 # Settings, which belong to whoever makes the environments, are not among the attributes
 WRAPPERS: dict[str, Attributes] = {
     **{f"{module}.{name}": Attributes() for module, names in _STATELESS.items() for name in names},
+    # Seeds that the next reset takes
+    f"{_SB3}vec_env.dummy_vec_env.DummyVecEnv": Attributes(run=("_seeds", "_options")),
+    f"{_SB3}vec_env.subproc_vec_env.SubprocVecEnv": Attributes(run=("_seeds", "_options")),
     f"{_COMMON}TimeLimit": Attributes(episode=("_elapsed_steps",)),
     f"{_COMMON}OrderEnforcing": Attributes(episode=("_has_reset",)),
     f"{_COMMON}RecordEpisodeStatistics": Attributes(

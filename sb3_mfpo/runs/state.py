@@ -15,7 +15,14 @@ import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
-from stable_baselines3.common.logger import CSVOutputFormat, HumanOutputFormat, JSONOutputFormat, KVWriter, Logger
+from stable_baselines3.common.logger import (
+    CSVOutputFormat,
+    HumanOutputFormat,
+    JSONOutputFormat,
+    KVWriter,
+    Logger,
+    TensorBoardOutputFormat,
+)
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
@@ -123,7 +130,7 @@ def restore_run(model: Any, state: dict[str, Any], callback: BaseCallback) -> No
     else:
         _end_episodes(model, state["episode_starts"])
         warnings.warn(f"The environments begin new episodes, as they cannot go on where they were: {reason}.", stacklevel=6)
-    _restore_logger(model.logger, state["logger"])
+    _restore_logger(model.logger, state["logger"], model.num_timesteps)
     for part, (kind, saved) in zip(parts_of(callback), state["callbacks"], strict=False):
         if type(part).__name__ == kind:
             _restore_callback(part, saved)
@@ -181,7 +188,7 @@ def _logger_state(logger: Logger) -> dict[str, Any]:
     }
 
 
-def _restore_logger(logger: Logger, state: dict[str, Any]) -> None:
+def _restore_logger(logger: Logger, state: dict[str, Any], steps: int) -> None:
     for name, values in state["values"].items():
         getattr(logger, name).update(values)
     files = list(state["files"])
@@ -192,6 +199,23 @@ def _restore_logger(logger: Logger, state: dict[str, Any]) -> None:
             environments.rewrite(output.file, saved["content"])
             if isinstance(output, CSVOutputFormat):
                 output.keys = saved["keys"]
+    for output in logger.output_formats:
+        if isinstance(output, TensorBoardOutputFormat):
+            _forget_later_events(output, steps)
+
+
+def _forget_later_events(output: TensorBoardOutputFormat, steps: int) -> None:
+    """
+    Let TensorBoard pass over what the run had logged after the checkpoint, as ``SummaryWriter(purge_step=...)`` does.
+
+    :param output: In the folder of the run
+    :param steps: Environment steps at the checkpoint
+    """
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+    writer = output.writer.file_writer
+    assert writer is not None
+    writer.add_event(Event(step=steps + 1, session_log=SessionLog(status=SessionLog.START)))
 
 
 def _outputs_to_files(logger: Logger) -> list[Any]:
