@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import multiprocessing
 import os
@@ -27,6 +28,7 @@ from stable_baselines3.common.callbacks import (
     BaseCallback,
     CallbackList,
     CheckpointCallback,
+    ConvertCallback,
     EvalCallback,
     EveryNTimesteps,
 )
@@ -386,6 +388,27 @@ def test_a_damaged_newest_checkpoint_is_in_nobodys_way(tmp_path: Path) -> None:
     assert MFPO.resume(tmp_path, RandomEnv()).num_timesteps == 40
 
 
+def test_what_a_killed_run_was_writing_is_removed(tmp_path: Path) -> None:
+    for name in ("run_20_steps.zip.tmp", "other_20_steps.zip.tmp", "notes.tmp"):
+        (tmp_path / name).write_text("half")
+    make_model(MFPO).learn(15, callback=RunCheckpointCallback(10, tmp_path))
+    expected = {"run_10_steps.zip", "run_15_steps.zip", "other_20_steps.zip.tmp", "notes.tmp"}
+    assert {path.name for path in tmp_path.iterdir()} == expected
+
+
+def test_a_copy_of_a_model_in_training_stands_by_itself(tmp_path: Path) -> None:
+    copies = []
+
+    class Copy(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.num_timesteps == 12:
+                copies.append(copy.deepcopy(self.model))
+            return True
+
+    make_model(MFPO).learn(15, callback=[RunCheckpointCallback(10, tmp_path), Copy()])
+    assert copies[0].learn(5, reset_num_timesteps=False).num_timesteps == 17
+
+
 def test_the_suffix_may_be_left_out(tmp_path: Path) -> None:
     make_model(MFPO).learn(20, callback=RunCheckpointCallback(20, tmp_path))
     assert MFPO.resume(tmp_path / "run_20_steps", RandomEnv()).num_timesteps == 20
@@ -511,9 +534,14 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     callback = RunCheckpointCallback(10, tmp_path)
     model = make_model(MFPO, RandomEnv(), seed=0).learn(10, callback=callback)
     before = (tmp_path / "run_10_steps.zip").read_bytes()
-    (tmp_path / "run_20_steps.zip.tmp").symlink_to("/dev/full")
+
+    def fill_disk(*_: Any) -> bool:
+        if model.num_timesteps == 15:
+            (tmp_path / "run_20_steps.zip.tmp").symlink_to("/dev/full")
+        return True
+
     with pytest.warns(UserWarning, match=r"run_20_steps\.zip could not be written.*No space left.*Training goes on"):
-        model.learn(15, reset_num_timesteps=False, callback=callback)
+        model.learn(15, reset_num_timesteps=False, callback=[callback, ConvertCallback(fill_disk)])
     assert model.num_timesteps == 25
     assert (tmp_path / "run_10_steps.zip").read_bytes() == before
     assert {path.name for path in tmp_path.iterdir()} == {"run_10_steps.zip", "run_25_steps.zip"}

@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+# Suffix of the name of a file that is being written
+UNFINISHED = ".tmp"
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
@@ -16,7 +19,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
     :param path: The file's path; its folder exists
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + UNFINISHED)
     try:
         with temporary.open("w+b") as file:
             yield file

@@ -15,7 +15,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 
 from sb3_mfpo.common.checks import check_integer
-from sb3_mfpo.runs.checkpoint import checkpoints, read_run, run_id_of, steps_of, write_run
+from sb3_mfpo.runs.checkpoint import checkpoints, read_run, run_id_of, steps_of, unfinished, write_run
 from sb3_mfpo.runs.state import remember_start, run_state
 
 
@@ -71,6 +71,8 @@ class RunCheckpointCallback(BaseCallback):
         self.save_path.mkdir(parents=True, exist_ok=True)
         self._due = False
         self._written = self._checkpoints_of_this_run()
+        for path in unfinished(self.save_path, self.name_prefix):
+            path.unlink()
         saver.callbacks.append(self)
 
     def _checkpoints_of_this_run(self) -> list[Path]:
@@ -138,7 +140,7 @@ def _is_whole(path: Path) -> bool:
 class RunSaver:
     """
     What an algorithm asks during ``learn``: the callbacks that save the run, and whether a signal has asked it to end. Without
-    such callbacks it does nothing.
+    such callbacks it does nothing. Copies and pickles start anew.
 
     :param model: The algorithm
     """
@@ -150,6 +152,9 @@ class RunSaver:
         self._outermost: BaseCallback | None = None
         self._warned = False
         self._previous_handlers: dict[signal.Signals, Any] = {}
+
+    def __reduce__(self) -> tuple[type[RunSaver], tuple[Any]]:
+        return type(self), (self.model,)
 
     def begin(self, outermost: BaseCallback) -> None:
         """

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
-from sb3_mfpo.common.files import replacing
+from sb3_mfpo.common.files import UNFINISHED, replacing
 
 # Entries of the zip file. Those that end with ".pth" would be taken for parameters of the model
 STATE, ARRAY, RUN_ID = "run/state.pickle", "run/array_{}.bin", "run/id.txt"
@@ -131,8 +131,21 @@ def checkpoints(folder: Path, name_prefix: str) -> list[Path]:
     :param name_prefix: Their common prefix
     :return: Checkpoints, the newest (by steps) first
     """
-    pattern = re.compile(re.escape(name_prefix) + r"_\d+_steps\.zip")
-    return sorted((path for path in folder.glob("*.zip") if pattern.fullmatch(path.name)), key=steps_of, reverse=True)
+    return sorted(_named(folder, name_prefix, ".zip"), key=steps_of, reverse=True)
+
+
+def unfinished(folder: Path, name_prefix: str) -> list[Path]:
+    """
+    :param folder: Where checkpoints are
+    :param name_prefix: Their common prefix
+    :return: What is left of checkpoints that were being written when the process was killed
+    """
+    return _named(folder, name_prefix, f".zip{UNFINISHED}")
+
+
+def _named(folder: Path, name_prefix: str, suffix: str) -> list[Path]:
+    pattern = re.compile(re.escape(name_prefix) + r"_\d+_steps" + re.escape(suffix))
+    return [path for path in folder.iterdir() if pattern.fullmatch(path.name)]
 
 
 def steps_of(path: Path) -> int:
