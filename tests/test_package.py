@@ -19,7 +19,6 @@ ALLOWED = {
     "common/acceleration": {"torch"},
     "common/checkpoint": {"torch", "numpy", "stable_baselines3", "sb3_mfpo.common"},
     "common/files": set(),
-    "common/buffers": {"numpy", "stable_baselines3"},
     "common/critics": {"torch", "gymnasium", "stable_baselines3", "sb3_mfpo.common"},
     "common/off_policy": {"torch", "numpy", "gymnasium", "stable_baselines3", "sb3_mfpo.common"},
     "common/policies": {"torch", "numpy", "gymnasium", "stable_baselines3", "sb3_mfpo.common"},

@@ -33,7 +33,6 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sb3_mfpo.common import checkpoint, mean_flow
 from sb3_mfpo.common.acceleration import StepRunner, onednn_matmul, onednn_matmul_is_exact
-from sb3_mfpo.common.buffers import store_as_float32
 from sb3_mfpo.common.checks import check_choice, check_finite, check_integer, check_range
 from sb3_mfpo.common.critics import Critic
 from sb3_mfpo.common.policies import CRITIC_REDUCTIONS, FlowPolicy, MeanFlowActor
@@ -203,7 +202,6 @@ class FlowAlgorithm(OffPolicyAlgorithm):
         self._check_arguments()
         self._warn_of_unusual_settings()
         super()._setup_model()
-        store_as_float32(self.replay_buffer)  # type: ignore[arg-type]
         self.policy.critic_reduction = self.critic_reduction
         self._create_aliases()
         self._runner = StepRunner(self.device, self.compile_step)

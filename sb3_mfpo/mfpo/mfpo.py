@@ -68,7 +68,8 @@ class MFPO(FlowAlgorithm):
     :param env: The environment to learn from (if registered in Gym, can be str); a Box action space with finite bounds
     :param learning_rate: Learning rate of all optimizers (actor, critics, divergence network, temperature); it can be a
         function of the current progress remaining (from 1 to 0)
-    :param buffer_size: Size of the replay buffer, in transitions
+    :param buffer_size: Size of the replay buffer, in transitions. Observations are kept in the environment's own type: wrapped
+        in ``gymnasium.wrappers.DtypeObservation(env, np.float32)``, those of MuJoCo take half the memory.
     :param learning_starts: How many steps of uniformly random actions to collect before learning starts
     :param batch_size: Minibatch size for each gradient update
     :param tau: Soft update coefficient of the target critics ("Polyak update", in [0, 1])
