@@ -117,6 +117,8 @@ class MFPO(FlowAlgorithm):
         CUDA graphs. The first steps then take minutes; the results are the same up to rounding.
     :param onednn_matmul: Whether oneDNN multiplies matrices in the gradient step on a CPU; faster on AMD processors. Has no
         effect, and warns, where the products would be rounded to bfloat16.
+    :param allow_non_finite_observations: Whether observations may hold NaN or infinite numbers, which the features extractor
+        must then replace; by default they stop the training. Rewards and actions must be finite in any case.
     :raises ValueError: If an argument is out of range; the message names it
     """
 
@@ -170,6 +172,7 @@ class MFPO(FlowAlgorithm):
         policy_delay: int = 1,
         compile_step: bool = False,
         onednn_matmul: bool = False,
+        allow_non_finite_observations: bool = False,
     ):
         if use_sde:
             raise ValueError(
@@ -206,6 +209,7 @@ class MFPO(FlowAlgorithm):
             policy_delay=policy_delay,
             compile_step=compile_step,
             onednn_matmul=onednn_matmul,
+            allow_non_finite_observations=allow_non_finite_observations,
         )
         self.ent_coef = ent_coef
         self.target_entropy = target_entropy
