@@ -30,7 +30,7 @@ from stable_baselines3.common.type_aliases import (
     Schedule,
     TrainFreq,
 )
-from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
+from stable_baselines3.common.utils import polyak_update
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -67,9 +67,6 @@ class FlowAlgorithm(OffPolicyAlgorithm):
     """
 
     policy: FlowPolicy
-    actor: MeanFlowActor
-    critic: Critic
-    critic_target: Critic
 
     # What a custom policy must be derived from
     policy_base: ClassVar[type[FlowPolicy]]
@@ -211,11 +208,8 @@ class FlowAlgorithm(OffPolicyAlgorithm):
         self._warn_of_unusual_settings()
         super()._setup_model()
         self.policy.critic_reduction = self.critic_reduction
-        self._create_aliases()
         self._runner = StepRunner(self.device, self.compile_step)
         self._uses_onednn = self._check_onednn()
-        self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
-        self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
 
     def _check_onednn(self) -> bool:
         if not self.onednn_matmul or self.device.type != "cpu":
@@ -229,10 +223,22 @@ class FlowAlgorithm(OffPolicyAlgorithm):
             return False
         return True
 
-    def _create_aliases(self) -> None:
-        self.actor = self.policy.actor
-        self.critic = self.policy.critic
-        self.critic_target = self.policy.critic_target
+    # Looked up, not kept: a callback may give the model another policy, which is then the one that is trained
+
+    @property
+    def actor(self) -> MeanFlowActor:  # type: ignore[override]
+        """The policy's actor."""
+        return self.policy.actor
+
+    @property
+    def critic(self) -> Critic:
+        """The policy's critics."""
+        return self.policy.critic
+
+    @property
+    def critic_target(self) -> Critic:
+        """The policy's target critics."""
+        return self.policy.critic_target
 
     def _setup_learn(
         self,
@@ -553,7 +559,7 @@ class FlowAlgorithm(OffPolicyAlgorithm):
     def _update_target(self) -> None:
         get_ema_multi_avg_fn(1 - self.tau)(list(self.critic_target.parameters()), list(self.critic.parameters()), None)
         # Running statistics of batch normalisation are copied, as in SAC
-        polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
+        polyak_update(_running_statistics(self.critic), _running_statistics(self.critic_target), 1.0)
 
     def _total_derivative(self, push_forward: Callable[..., th.Tensor], velocity: th.Tensor, network_type: str) -> th.Tensor:
         """
@@ -602,10 +608,18 @@ class FlowAlgorithm(OffPolicyAlgorithm):
         self._runner.forget_graphs()
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "actor", "critic", "critic_target", "_runner", "_run_state"]
+        return [*super()._excluded_save_params(), "_runner", "_run_state"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "actor.optimizer", "critic.optimizer"], []
+
+
+def _running_statistics(critic: Critic) -> list[th.Tensor]:
+    """
+    :param critic: Critics
+    :return: What their layers of batch normalisation have counted
+    """
+    return [buffer for name, buffer in critic.named_buffers() if "running_" in name]
 
 
 @contextmanager

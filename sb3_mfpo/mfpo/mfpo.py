@@ -129,7 +129,6 @@ class MFPO(FlowAlgorithm):
     }
     policy_base = MFPOPolicy
     policy: MFPOPolicy
-    divergence: AverageDivergenceNetwork | InstantaneousDivergence
 
     def __init__(
         self,
@@ -243,9 +242,10 @@ class MFPO(FlowAlgorithm):
         else:
             self.ent_coef_tensor = th.tensor(value, device=self.device)
 
-    def _create_aliases(self) -> None:
-        super()._create_aliases()
-        self.divergence = self.policy.divergence
+    @property
+    def divergence(self) -> AverageDivergenceNetwork | InstantaneousDivergence:
+        """The policy's divergence network."""
+        return self.policy.divergence
 
     def _settings(self) -> tuple[Any, ...]:
         samples = (self.n_policy_samples, self.n_gaussian_samples, self.n_probes)
@@ -495,9 +495,6 @@ class MFPO(FlowAlgorithm):
             reset_num_timesteps=reset_num_timesteps,
             progress_bar=progress_bar,
         )
-
-    def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "divergence"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, _ = super()._get_torch_save_params()
