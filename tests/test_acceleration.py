@@ -6,15 +6,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from gymnasium import spaces
 from plain import PlainMFPO
 from speed import CountOperators, path_of_a_gpu
-from stable_baselines3 import HerReplayBuffer
-from stable_baselines3.common.envs import BitFlippingEnv
 
 from sb3_mfpo import MFPO, SOM
 from sb3_mfpo.common import torch_layers
@@ -292,45 +288,3 @@ def test_onednn_steps_are_the_usual_ones(algorithm: Algorithm) -> None:
     models = [make_model(algorithm, seed=0, onednn_matmul=switch).learn(50) for switch in (False, True)]
     start = weights(make_model(algorithm, seed=0))
     assert relative_difference(models[0], models[1], start) < 1e-4
-
-
-# Replay storage
-
-
-@pytest.mark.parametrize("kind", ["box", "dict", "her", "memory", "n-step", "uint8"])
-def test_float64_observations_are_stored_as_float32(algorithm: Algorithm, kind: str) -> None:
-    box = spaces.Box(-1, 1, (3,), np.float64)
-    kwargs: dict[str, Any] = {}
-    env: gym.Env = RandomEnv(box)
-    if kind == "dict":
-        env, kwargs = RandomEnv(spaces.Dict(a=box, b=spaces.Box(-1, 1, (2,), np.float32))), dict(policy="MultiInputPolicy")
-    elif kind == "her":
-        env = gym.wrappers.TransformObservation(
-            BitFlippingEnv(3, continuous=True),
-            lambda observation: {key: value.astype(np.float64) for key, value in observation.items()},
-            spaces.Dict({key: spaces.Box(0, 1, (3,), np.float64) for key in ("observation", "achieved_goal", "desired_goal")}),
-        )
-        env.compute_reward = env.unwrapped.compute_reward  # type: ignore[attr-defined]
-        kwargs = dict(policy="MultiInputPolicy", replay_buffer_class=HerReplayBuffer)
-    elif kind == "memory":
-        kwargs = dict(optimize_memory_usage=True, replay_buffer_kwargs=dict(handle_timeout_termination=False))
-    elif kind == "n-step":
-        kwargs = dict(n_steps=3)
-    elif kind == "uint8":
-        env = RandomEnv(spaces.Box(0, 255, (3,), np.uint8))
-    model = make_model(algorithm, env, **kwargs).learn(30)
-    stored = model.replay_buffer.observations
-    for name, array in (stored if isinstance(stored, dict) else {"": stored}).items():
-        assert array.dtype == (np.uint8 if kind == "uint8" else np.float32), name
-    batch = model.replay_buffer.sample(4).observations
-    assert all(value.dtype != th.float64 for value in (batch.values() if isinstance(batch, dict) else [batch]))
-
-
-def test_what_is_stored_is_what_was_seen(algorithm: Algorithm) -> None:
-    env = RandomEnv(spaces.Box(-1, 1, (3,), np.float64))
-    seen = []
-    step = env.step
-    env.step = lambda action: seen.append(step(action)) or seen[-1]  # type: ignore[method-assign,func-returns-value]
-    model = make_model(algorithm, env).learn(5)
-    expected = np.array([observation for observation, *_ in seen])
-    assert np.array_equal(model.replay_buffer.next_observations[:5, 0], expected.astype(np.float32))

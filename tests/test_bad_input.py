@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from stable_baselines3 import SAC
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper, VecNormalize
 from stable_baselines3.sac.policies import SACPolicy
 
 from sb3_mfpo import MFPO, SOM
@@ -40,11 +43,13 @@ ARGUMENTS_OF_ALL: list[tuple[dict[str, Any], str]] = [
     (dict(buffer_size=0), "`buffer_size`"),
     (dict(n_steps=0), "`n_steps`"),
     (dict(learning_starts=-1), "`learning_starts`"),
+    (dict(learning_starts="1e4"), "`learning_starts` must be a number"),
     (dict(gradient_steps=-2), "`gradient_steps`"),
     (dict(policy_delay=0), "`policy_delay`"),
     (dict(target_update_interval=0), "`target_update_interval`"),
     (dict(compile_step="reduce-overhead"), "`compile_step`"),
     (dict(onednn_matmul="bf16"), "`onednn_matmul`"),
+    (dict(allow_non_finite_observations="nan"), "`allow_non_finite_observations` must be one of True, False, not 'nan'"),
     (dict(equal_time_share=1.5), r"`equal_time_share` must be a number in \[0, 1\], not 1.5"),
     (dict(equal_time_share=-0.1), "`equal_time_share`"),
     (dict(equal_time_share=float("nan")), "`equal_time_share`"),
@@ -272,6 +277,133 @@ def test_normalisation_does_not_hide_an_infinite_number(algorithm: Algorithm, wh
     env = VecNormalize(DummyVecEnv([lambda: BrokenEnv(what, np.inf)]))
     with pytest.raises(ValueError, match=f"non-finite {what} at step 12"):
         make_model(algorithm, env).learn(40)
+
+
+def test_a_reward_that_is_no_number_is_refused(algorithm: Algorithm) -> None:
+    with pytest.raises(ValueError, match="Environment 0 returned a non-finite reward at step 12"):
+        make_model(algorithm, DummyVecEnv([lambda: BrokenEnv("reward", None)])).learn(40)  # type: ignore[arg-type]
+    env = OtherVecEnv(DummyVecEnv([RandomEnv] * 2), reward=lambda rewards: np.array([rewards[0], "much"], object))
+    message = r"Environment 1 returned, at step 2, as reward what cannot be stored as float32: 'much'"
+    with pytest.raises(ValueError, match=message):
+        make_model(algorithm, env, gradient_steps=-1).learn(40)
+
+
+class OtherVecEnv(VecEnvWrapper):
+    """Final observations and rewards as vectorized environments that are not SB3's may give them."""
+
+    def __init__(self, venv: VecEnv, final: Callable[[Any], Any] = lambda x: x, reward: Callable[[Any], Any] = lambda x: x):
+        super().__init__(venv)
+        self.final, self.reward = final, reward
+
+    def reset(self) -> Any:
+        return self.venv.reset()
+
+    def step_wait(self) -> Any:
+        observations, rewards, dones, infos = self.venv.step_wait()
+        for info in infos:
+            if "terminal_observation" in info:
+                info["terminal_observation"] = self.final(info["terminal_observation"])
+        return observations, self.reward(rewards), dones, infos
+
+
+MIXED = spaces.Dict(a=spaces.Box(-1, 1, (3,), np.float32), b=spaces.Discrete(4))
+
+
+def collected(algorithm: Any, space: spaces.Space, **kwargs: Any) -> Any:
+    """The replay buffer after random actions, the same for every algorithm; our networks are then trained on it."""
+    env = OtherVecEnv(DummyVecEnv([lambda: RandomEnv(space)] * 2), **kwargs)
+    policy = "MultiInputPolicy" if isinstance(space, spaces.Dict) else "MlpPolicy"
+    arguments: dict[str, Any] = dict(learning_starts=40, buffer_size=500, batch_size=8, gradient_steps=-1, seed=0)
+    if algorithm is SAC:
+        return SAC(policy, env, device="cpu", **arguments).learn(40).replay_buffer
+    model = make_model(algorithm, env, policy=policy, **arguments).learn(44)
+    assert model._n_updates == 4
+    return model.replay_buffer
+
+
+@pytest.mark.parametrize(
+    "space, final",
+    [
+        (spaces.Discrete(5), int),
+        (spaces.Box(-1, 1, (3,), np.float32), list),
+        (spaces.Box(-1, 1, (3,), np.float32), tuple),
+        (spaces.Box(-1, 1, (3,), np.float32), lambda last: last.astype(object)),
+        (spaces.MultiBinary(3), lambda last: last.astype(bool)),
+        (MIXED, lambda last: {"a": last["a"].tolist(), "b": int(last["b"])}),
+        (MIXED, lambda last: {**last, "why": "it ended", "target": None, "debug": np.array([np.nan]), "more": {"a": 1.0}}),
+        (MIXED, lambda last: None),
+    ],
+    ids=["int", "list", "tuple", "objects", "bools", "dict of lists", "further entries", "none"],
+)
+def test_final_observations_are_stored_as_with_sac(algorithm: Algorithm, space: spaces.Space, final: Any) -> None:
+    buffer, expected = collected(algorithm, space, final=final), collected(SAC, space, final=final)
+    for key in space if isinstance(space, spaces.Dict) else [...]:
+        assert np.array_equal(buffer.next_observations[key][:20], expected.next_observations[key][:20])
+    assert buffer.dones[:20].any()
+
+
+@pytest.mark.parametrize("reward", [list, lambda rewards: rewards.astype(object), lambda rewards: rewards > -0.3])
+def test_rewards_are_stored_as_with_sac(algorithm: Algorithm, reward: Any) -> None:
+    space = spaces.Box(-1, 1, (3,), np.float32)
+    buffers = [collected(each, space, reward=reward) for each in (algorithm, SAC)]
+    assert np.array_equal(*(buffer.rewards[:20] for buffer in buffers))
+
+
+@pytest.mark.parametrize(
+    "final, message",
+    [
+        (dict(a=[0.0, np.nan, 0.0], b=1), r"a non-finite terminal observation 'a' at step 14: \[ 0\. nan  0\.\]"),
+        (dict(a=[0.0, 1e300, 0.0], b=1), "a non-finite terminal observation 'a' at step 14"),
+        (dict(a=None, b=1), "a non-finite terminal observation 'a' at step 14"),
+        (dict(a=[0.0] * 3, b=np.nan), "a non-finite terminal observation 'b' at step 14"),
+        (dict(a=[0.0] * 3, b=None), "at step 14, as terminal observation 'b' what cannot be stored as int64: None"),
+        (dict(a=[0.0] * 3, b="third"), "at step 14, as terminal observation 'b' what cannot be stored as int64: 'third'"),
+        (dict(a=[0.0] * 3), "no 'b' in its terminal observation at step 14, but only 'a'"),
+    ],
+)
+def test_broken_final_observations_are_refused(algorithm: Algorithm, final: Any, message: str) -> None:
+    env = OtherVecEnv(DummyVecEnv([lambda: RandomEnv(MIXED)] * 2), final=lambda last: final)
+    model = make_model(algorithm, env, policy="MultiInputPolicy", gradient_steps=-1)
+    with pytest.raises(ValueError, match=f"Environment 0 returned,? {message}"):
+        model.learn(40)
+    assert model.replay_buffer.size() == 6
+
+
+class ReplaceMissing(BaseFeaturesExtractor):
+    """Gives zeros for NaN and infinite numbers."""
+
+    def __init__(self, observation_space: spaces.Box):
+        super().__init__(observation_space, 3)
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return th.nan_to_num(observations, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_missing_numbers_may_be_allowed(algorithm: Algorithm, tmp_path: Any, value: float) -> None:
+    """For features extractors that replace them; the refusal says so."""
+
+    class Missing(BrokenEnv):
+        def step(self, action: np.ndarray) -> Any:
+            observation, *rest = super().step(action)
+            return self.broken(observation), *rest
+
+    policy_kwargs = dict(features_extractor_class=ReplaceMissing)
+    with pytest.raises(ValueError, match="or set `allow_non_finite_observations=True` if the features extractor replaces"):
+        make_model(algorithm, Missing("first observation", value), policy_kwargs=policy_kwargs).learn(30)
+    env = Missing("first observation", value)
+    model = make_model(algorithm, env, policy_kwargs=policy_kwargs, allow_non_finite_observations=True).learn(30)
+    assert not np.isfinite(model.replay_buffer.observations[:30, 0, 0]).any()
+    assert all(th.isfinite(weight).all() for weight in weights(model))
+    model.save(tmp_path / "model")
+    loaded = algorithm.load(tmp_path / "model", env=env).learn(30)
+    assert loaded.replay_buffer.size() == 30
+    # Rewards and actions have no such use
+    env.what, env.total = "reward", 0
+    with pytest.raises(ValueError, match="non-finite reward"):
+        loaded.learn(30)
+    with pytest.raises(ValueError, match="actions are not finite"):
+        make_model(algorithm, Missing("first observation", value), allow_non_finite_observations=True).learn(30)
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch as th
+from stable_baselines3 import SAC, HerReplayBuffer
+from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.logger import configure
 
 from sb3_mfpo import MFPO
 from sb3_mfpo.common.callbacks import HealthCallback
 from sb3_mfpo.common.off_policy import FlowAlgorithm
-from tests.helpers import Algorithm, make_model
+from tests.helpers import Algorithm, RandomEnv, make_model
 
 
 def check(model: FlowAlgorithm, **kwargs: Any) -> dict[str, float]:
@@ -126,8 +128,38 @@ def test_a_bias_is_warned_of(shift: float, warns: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "argument", [dict(check_freq=0), dict(n_states=0), dict(solver_steps=0), dict(max_bias=-1.0), dict(max_bias=float("nan"))]
+    "argument", [dict(check_freq=0), dict(n_states=1), dict(solver_steps=0), dict(max_bias=-1.0), dict(max_bias=float("nan"))]
 )
 def test_bad_arguments(argument: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"`{next(iter(argument))}`"):
         HealthCallback(**argument)
+
+
+def test_other_algorithms_are_refused_before_the_first_step() -> None:
+    model = SAC("MlpPolicy", RandomEnv(), device="cpu")
+    with pytest.raises(ValueError, match="`HealthCallback` looks into the networks of MFPO or SOM, which SAC does not have"):
+        model.learn(40, callback=HealthCallback(check_freq=10))
+    assert model.num_timesteps == 0
+
+
+@pytest.mark.parametrize("her", [False, True])
+def test_a_loaded_model_is_checked_as_soon_as_its_buffer_can_be_sampled(
+    algorithm: Algorithm, her: bool, tmp_path: Path
+) -> None:
+    """At first its replay buffer is empty; HER's gives nothing before the end of an episode, here of five steps."""
+    env = BitFlippingEnv(n_bits=3, continuous=True, max_steps=5)
+    kwargs = dict(replay_buffer_class=HerReplayBuffer) if her else {}
+    make_model(algorithm, env, policy="MultiInputPolicy", **kwargs).learn(30).save(tmp_path / "model")
+    model = algorithm.load(tmp_path / "model", env=env)
+    model.set_logger(configure(str(tmp_path), []))
+    steps: list[int] = []
+
+    class Watched(HealthCallback):
+        def check(self) -> dict[str, float]:
+            steps.append(self.num_timesteps)
+            return super().check()
+
+    model.learn(9, callback=Watched(check_freq=1, max_bias=1e6))
+    assert steps == list(range(steps[0], 10))
+    first_episode = int(np.flatnonzero(model.replay_buffer.dones)[0]) + 1
+    assert steps[0] == (first_episode if her else 1) + 1

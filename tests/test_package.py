@@ -22,7 +22,6 @@ ALLOWED = {
     "runs/state": {"torch", "numpy", "stable_baselines3", "tensorboard", "sb3_mfpo.runs"},
     "runs/callback": {"stable_baselines3", "sb3_mfpo.common.checks", "sb3_mfpo.runs"},
     "common/files": set(),
-    "common/buffers": {"numpy", "stable_baselines3"},
     "common/critics": {"torch", "gymnasium", "stable_baselines3", "sb3_mfpo.common"},
     "common/off_policy": {"torch", "numpy", "gymnasium", "stable_baselines3", "sb3_mfpo.common", "sb3_mfpo.runs"},
     "common/policies": {"torch", "numpy", "gymnasium", "stable_baselines3", "sb3_mfpo.common"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import os
 import signal
 import warnings
@@ -16,10 +18,12 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from hypothesis import strategies as st
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
 from sb3_mfpo import MFPO, RunCheckpointCallback
-from tests.helpers import SMALL_POLICY, Algorithm, RandomEnv, make_model
+from sb3_mfpo.common.acceleration import StepRunner
+from tests.helpers import SMALL_POLICY, Algorithm, RandomEnv, assert_equal, make_model
 
 # `HYPOTHESIS_PROFILE=nightly` draws more
 hypothesis.settings.register_profile("default", max_examples=25, deadline=None, derandomize=True)
@@ -143,6 +147,112 @@ def test_training_goes_on_or_stops_with_a_clear_error(algorithm: Algorithm, case
         loaded = algorithm.load(tmp_path / "model")
     action, _ = loaded.predict(model.observation_space.sample(), deterministic=True)
     assert np.isfinite(action).all()
+
+
+# Broken connections
+
+
+class Raises(BaseCallback):
+    """Raises an error at step 16."""
+
+    def __init__(self, error: Exception):
+        super().__init__()
+        self.error = error
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps == 16:
+            raise self.error
+        return True
+
+
+@pytest.mark.parametrize("vec_env", [DummyVecEnv, SubprocVecEnv])
+@pytest.mark.parametrize("error", [ConnectionResetError("tracker"), BrokenPipeError("head"), EOFError("input")], ids=repr)
+def test_broken_connections_of_others_are_not_blamed_on_environments(
+    algorithm: Algorithm, vec_env: Any, error: Exception
+) -> None:
+    env = vec_env([RandomEnv] * 2)
+    with pytest.raises(type(error)) as caught:
+        make_model(algorithm, env, gradient_steps=-1).learn(40, callback=Raises(error))
+    assert caught.value is error
+    env.close()
+
+
+def test_the_worker_that_ended_is_named_by_a_reset(algorithm: Algorithm) -> None:
+    env = SubprocVecEnv([RandomEnv] * 2)
+    model = make_model(algorithm, env, gradient_steps=-1).learn(30)
+    env.processes[1].kill()
+    with pytest.raises(RuntimeError, match=r"broke\. The process of environment 1 has ended \(exit code -9\)\. Its own"):
+        model.learn(30)
+    env.processes[0].kill()
+
+
+# Many gradient steps at once
+
+
+def test_memory_does_not_grow_with_the_gradient_steps(algorithm: Algorithm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors in memory, all of which the garbage collector knows, at the fourth step after a reading and just before two."""
+    monkeypatch.setattr(algorithm, "READ_EVERY", 10)
+    model = make_model(algorithm).learn(20)
+    counts, step, done = {}, model._gradient_step, 0
+
+    def counted(batch: Any) -> Any:
+        nonlocal done
+        done += 1
+        if done in (4, 10, 50):
+            counts[done] = sum(issubclass(type(obj), th.Tensor) for obj in gc.get_objects())
+        return step(batch)
+
+    monkeypatch.setattr(model, "_gradient_step", counted)
+    gc.collect()
+    model.train(50, batch_size=8)
+    assert counts[4] < counts[10] == counts[50]
+
+
+def test_logged_means_are_over_all_gradient_steps(algorithm: Algorithm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight steps, read together or three at a time, with a policy that is improved in every second."""
+    logged = []
+    for read_every in (1000, 3):
+        monkeypatch.setattr(algorithm, "READ_EVERY", read_every)
+        model = make_model(algorithm, seed=0, policy_delay=2).learn(20)
+        model.train(8, batch_size=8)
+        logged.append({k: v for k, v in model.logger.name_to_value.items() if k.startswith("train/")})
+    assert logged[1] == pytest.approx(logged[0], rel=1e-12)
+    assert logged[0]["train/updates_per_step"] == 8 and logged[0].keys() >= {"train/actor_loss", "train/critic_loss"}
+
+
+@pytest.mark.parametrize("broken", [1, 4, 5, 8])
+def test_the_broken_gradient_step_is_named(algorithm: Algorithm, broken: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where losses are looked at late: every four steps, and at the end of the call."""
+    monkeypatch.setattr(algorithm, "READ_EVERY", 4)
+    monkeypatch.setattr(StepRunner, "defers_checks", lambda self, optimizer: True)
+    model = make_model(algorithm).learn(20)
+    descend, critic_losses = model._runner.descend, []
+
+    def broken_descend(loss: th.Tensor, optimizer: th.optim.Optimizer) -> None:
+        if optimizer is model.critic.optimizer:
+            critic_losses.append(loss)
+            if len(critic_losses) == broken:
+                with th.no_grad():
+                    loss.mul_(np.nan)
+        descend(loss, optimizer)
+
+    monkeypatch.setattr(model._runner, "descend", broken_descend)
+    with pytest.raises(ValueError, match=rf"`critic_loss` is nan at gradient step {10 + broken} \(environment step 20\)"):
+        model.train(10, batch_size=8)
+    assert len(critic_losses) == (4 if broken <= 4 else 8)
+
+
+def test_no_gradient_steps_change_nothing(algorithm: Algorithm) -> None:
+    model = make_model(algorithm).learn(20)
+    before = copy.deepcopy(model.get_parameters())
+    model.train(0, batch_size=8)
+    assert_equal(model.get_parameters(), before)
+    assert model._n_updates == 10
+
+
+def test_learning_starts_like_that_of_sac(algorithm: Algorithm) -> None:
+    """Also as a float."""
+    assert make_model(algorithm, learning_starts=1e1).learn(20)._n_updates == 10
 
 
 # Any valid arguments

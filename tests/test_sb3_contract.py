@@ -149,6 +149,26 @@ def test_set_parameters_copies_everything_but_the_buffer(algorithm: Algorithm, t
         other.set_parameters({"policy": model.get_parameters()["policy"]}, exact_match=True)
 
 
+def test_a_policy_that_is_put_in_place_is_the_one_that_is_trained(algorithm: Algorithm) -> None:
+    """The same training as of the model that it was taken from."""
+    policy_kwargs = dict(features_extractor_class=SmallExtractor)
+    model, other = (make_model(algorithm, seed=seed, policy_kwargs=policy_kwargs).learn(20) for seed in (0, 1))
+    former = model.policy
+    before = copy.deepcopy(former.state_dict())
+    model.policy, expected = copy.deepcopy(other.policy), copy.deepcopy(other)
+    expected.replay_buffer = model.replay_buffer
+    if isinstance(model, MFPO):
+        model.log_ent_coef.data.copy_(expected.log_ent_coef)
+        model.ent_coef_optimizer.load_state_dict(expected.ent_coef_optimizer.state_dict())
+    for each in (model, expected):
+        np.random.seed(0)
+        th.manual_seed(0)
+        each.train(3, batch_size=8)
+    assert_equal(state_of(model), state_of(expected))
+    assert not th.equal(next(model.policy.actor.parameters()), next(other.policy.actor.parameters()))
+    assert_equal(former.state_dict(), before)
+
+
 def test_policy_save_and_load(algorithm: Algorithm, tmp_path: Path) -> None:
     model = make_model(algorithm, critic_reduction="mean", policy_kwargs=dict(layer_norm=False, activation_fn=nn.Tanh)).learn(
         20

@@ -8,10 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch as th
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_mfpo.common.checks import check_integer, check_range
 from sb3_mfpo.common.critics import CategoricalCritic
+from sb3_mfpo.common.off_policy import FlowAlgorithm
 from sb3_mfpo.common.torch_layers import MultiInputMLP
 
 
@@ -31,11 +34,11 @@ class HealthCallback(BaseCallback):
     - ``critic_saturation``: probability that the critics put on the two ends of the value range (categorical critics)
 
     :param check_freq: Check every so many calls of ``env.step()``, as in SB3's callbacks
-    :param n_states: Number of states of a check
+    :param n_states: Number of states of a check, at least 2
     :param solver_steps: Number of Euler steps of the exact log-probability
     :param max_bias: Warn when the bias exceeds so many nats per action coordinate
     :param verbose: Verbosity level
-    :raises ValueError: If an argument is out of range
+    :raises ValueError: If an argument is out of range, or the model is of another algorithm
     """
 
     # Standard deviation below which a unit counts as dead; behind a LayerNorm activations are of the order of 1
@@ -45,16 +48,26 @@ class HealthCallback(BaseCallback):
         self, check_freq: int = 10_000, n_states: int = 64, solver_steps: int = 100, max_bias: float = 0.25, verbose: int = 0
     ):
         super().__init__(verbose)
-        for name, value in (("check_freq", check_freq), ("n_states", n_states), ("solver_steps", solver_steps)):
+        for name, value in (("check_freq", check_freq), ("solver_steps", solver_steps)):
             check_integer(name, value, minimum=1)
+        # With a single state every unit would be constant
+        check_integer("n_states", n_states, minimum=2)
         check_range("max_bias", max_bias, low=0)
         self.check_freq = check_freq
         self.n_states = n_states
         self.solver_steps = solver_steps
         self.max_bias = max_bias
 
+    def _init_callback(self) -> None:
+        if not isinstance(self.model, FlowAlgorithm):
+            raise ValueError(
+                f"`HealthCallback` looks into the networks of MFPO or SOM, which {type(self.model).__name__} does not have. "
+                "Remove the callback."
+            )
+
     def _on_step(self) -> bool:
-        if self.n_calls % self.check_freq == 0 and self.model._n_updates > 0:
+        model: Any = self.model
+        if self.n_calls % self.check_freq == 0 and model._n_updates > 0 and _can_be_sampled(model.replay_buffer):
             for name, value in self.check().items():
                 self.logger.record(f"health/{name}", value)
         return True
@@ -116,3 +129,13 @@ class HealthCallback(BaseCallback):
                 "what its target asks for. More `n_probes` or a lower learning rate may help.",
                 stacklevel=2,
             )
+
+
+def _can_be_sampled(buffer: ReplayBuffer | None) -> bool:
+    """
+    :param buffer: A replay buffer, which is empty at first when a trained model was loaded
+    :return: Whether it has something to give: a transition, or for ``HerReplayBuffer`` a whole episode
+    """
+    if isinstance(buffer, HerReplayBuffer):
+        return bool(buffer.ep_length.any())
+    return buffer is not None and buffer.size() > 0

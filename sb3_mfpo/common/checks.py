@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 
 def check_integer(name: str, value: Any, minimum: int) -> None:
@@ -48,25 +49,50 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, not {value!r}.")
 
 
-def check_finite(what: str, values: np.ndarray | Mapping[str, np.ndarray], num_timesteps: int, first_env: int = 0) -> None:
+def check_finite(
+    what: str,
+    rows: Any,
+    dtype: DTypeLike | None,
+    num_timesteps: int,
+    first_env: int = 0,
+    may_be_non_finite: bool = False,
+    way_out: str = "",
+) -> None:
     """
-    Check numbers that come from an environment.
+    Check numbers that come from an environment, as they will be stored.
 
     :param what: What the numbers are, for the message
-    :param values: One row per environment, or a dictionary of such arrays
+    :param rows: One row per environment: an array, or anything that NumPy makes one of
+    :param dtype: Type that they are stored as
     :param num_timesteps: Environment steps so far, for the message
     :param first_env: Index of the environment that the first row comes from
-    :raises ValueError: If a number is NaN or infinite
+    :param may_be_non_finite: Whether NaN and infinite numbers are meant
+    :param way_out: What a user may do about them, for the message
+    :raises ValueError: If a number is NaN or infinite, or something is not a number of this type
     """
-    if isinstance(values, Mapping):
-        for key, value in values.items():
-            check_finite(f"{what} '{key}'", value, num_timesteps, first_env)
+    try:
+        given = np.asarray(rows)
+        with np.errstate(over="ignore", invalid="ignore"):
+            numbers = given.astype(dtype, copy=False)
+    except (TypeError, ValueError, OverflowError) as error:
+        if len(rows) > 1:
+            # Which of them was it?
+            for index in range(len(rows)):
+                check_finite(what, rows[index : index + 1], dtype, num_timesteps, first_env + index, may_be_non_finite)
+        raise ValueError(
+            f"Environment {first_env} returned, at step {num_timesteps}, as {what} what cannot be stored as "
+            f"{np.dtype(dtype).name}: {rows[0]!r} ({error}). It must fit the observation space, and rewards must be numbers."
+        ) from error
+    if may_be_non_finite:
         return
-    finite = np.isfinite(values)
+    finite = np.isfinite(numbers)
+    if given.dtype.kind == "f":
+        # Stored as integers, NaN would be some number
+        finite &= np.isfinite(given)
     if not finite.all():
         row = int(np.argwhere(~finite)[0][0])
         raise ValueError(
-            f"Environment {first_env + row} returned a non-finite {what} at step {num_timesteps}: {values[row]}. It was not "
-            "stored and the networks were not updated: saving the model now gives a clean checkpoint. Mend the environment, "
-            "or find the cause with `stable_baselines3.common.vec_env.VecCheckNan`."
+            f"Environment {first_env + row} returned a non-finite {what} at step {num_timesteps}: {given[row]}. It was not "
+            "stored and the networks were not updated: saving the model now gives a clean checkpoint. Correct the "
+            f"environment{way_out}. `stable_baselines3.common.vec_env.VecCheckNan` helps to find the cause."
         )

@@ -6,8 +6,11 @@ import copy
 import uuid
 import warnings
 from abc import abstractmethod
-from collections import defaultdict
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -29,13 +32,12 @@ from stable_baselines3.common.type_aliases import (
     Schedule,
     TrainFreq,
 )
-from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
+from stable_baselines3.common.utils import polyak_update
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sb3_mfpo.common import mean_flow
 from sb3_mfpo.common.acceleration import StepRunner, onednn_matmul, onednn_matmul_is_exact
-from sb3_mfpo.common.buffers import store_as_float32
 from sb3_mfpo.common.checks import check_choice, check_finite, check_integer, check_range
 from sb3_mfpo.common.critics import Critic
 from sb3_mfpo.common.policies import CRITIC_REDUCTIONS, FlowPolicy, MeanFlowActor
@@ -70,14 +72,13 @@ class FlowAlgorithm(OffPolicyAlgorithm):
     """
 
     policy: FlowPolicy
-    actor: MeanFlowActor
-    critic: Critic
-    critic_target: Critic
 
     # What a custom policy must be derived from
     policy_base: ClassVar[type[FlowPolicy]]
     # Share of the target's mass beyond the support from which a user should know
     MAX_CLIPPED_MASS = 0.01
+    # Gradient steps after which what they recorded is brought to the CPU: seldom, but not only at the end of a million
+    READ_EVERY = 1000
     # Half-width of the action space beyond which it is probably not meant
     MAX_USUAL_BOUND = 100.0
 
@@ -113,6 +114,7 @@ class FlowAlgorithm(OffPolicyAlgorithm):
         policy_delay: int,
         compile_step: bool,
         onednn_matmul: bool,
+        allow_non_finite_observations: bool,
     ):
         super().__init__(
             policy,
@@ -148,6 +150,7 @@ class FlowAlgorithm(OffPolicyAlgorithm):
         self.policy_delay = policy_delay
         self.compile_step = compile_step
         self.onednn_matmul = onednn_matmul
+        self.allow_non_finite_observations = allow_non_finite_observations
         self._rollout_timesteps = 0
         self._warned_of_clipping = False
         # Which environments have just begun an episode, after so many steps
@@ -167,14 +170,15 @@ class FlowAlgorithm(OffPolicyAlgorithm):
         """
         for name in ("buffer_size", "batch_size", "n_steps", "policy_delay", "target_update_interval"):
             check_integer(name, getattr(self, name), minimum=1)
-        check_integer("learning_starts", self.learning_starts, minimum=0)
+        # SAC takes 1e4
+        check_range("learning_starts", self.learning_starts, low=0)
         check_integer("gradient_steps", self.gradient_steps, minimum=-1)
         for name in ("tau", "gamma", "equal_time_share"):
             check_range(name, getattr(self, name), 0, 1)
         check_range("time_mean", self.time_mean)
         check_range("time_std", self.time_std, low=0)
         check_choice("critic_reduction", self.critic_reduction, CRITIC_REDUCTIONS)
-        for name in ("compile_step", "onednn_matmul"):
+        for name in ("compile_step", "onednn_matmul", "allow_non_finite_observations"):
             check_choice(name, getattr(self, name), (True, False))
         if not issubclass(self.policy_class, self.policy_base):
             raise ValueError(
@@ -211,13 +215,9 @@ class FlowAlgorithm(OffPolicyAlgorithm):
         self._check_arguments()
         self._warn_of_unusual_settings()
         super()._setup_model()
-        store_as_float32(self.replay_buffer)  # type: ignore[arg-type]
         self.policy.critic_reduction = self.critic_reduction
-        self._create_aliases()
         self._runner = StepRunner(self.device, self.compile_step)
         self._uses_onednn = self._check_onednn()
-        self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
-        self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
 
     def _check_onednn(self) -> bool:
         if not self.onednn_matmul or self.device.type != "cpu":
@@ -231,10 +231,22 @@ class FlowAlgorithm(OffPolicyAlgorithm):
             return False
         return True
 
-    def _create_aliases(self) -> None:
-        self.actor = self.policy.actor
-        self.critic = self.policy.critic
-        self.critic_target = self.policy.critic_target
+    # Looked up, not kept: a callback may give the model another policy, which is then the one that is trained
+
+    @property
+    def actor(self) -> MeanFlowActor:  # type: ignore[override]
+        """The policy's actor."""
+        return self.policy.actor
+
+    @property
+    def critic(self) -> Critic:
+        """The policy's critics."""
+        return self.policy.critic
+
+    @property
+    def critic_target(self) -> Critic:
+        """The policy's target critics."""
+        return self.policy.critic_target
 
     def _setup_learn(
         self,
@@ -256,15 +268,14 @@ class FlowAlgorithm(OffPolicyAlgorithm):
         if reset_num_timesteps or self._last_obs is None:
             self._episode_starts = np.ones(self.n_envs, dtype=bool)
         self._saver = RunSaver(self)
-        result, callback = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        with _naming_workers_that_ended(self.env):
+            result, callback = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         self._stored_timesteps = self.num_timesteps
         self._saver.begin(callback)
         if state is not None:
             self.action_noise = action_noise
             restore_run(self, state, callback)
-        last_obs = self._last_obs if self._vec_normalize_env is None else self._vec_normalize_env.get_original_obs()
-        assert last_obs is not None
-        check_finite("observation", last_obs, self.num_timesteps)
+        self._check_observation("observation", self._last_obs if self._vec_normalize_env is None else self._last_original_obs)
         return result, callback
 
     def learn(self: SelfFlowAlgorithm, *args: Any, **kwargs: Any) -> SelfFlowAlgorithm:
@@ -326,12 +337,10 @@ class FlowAlgorithm(OffPolicyAlgorithm):
         log_interval: int | None = None,
     ) -> RolloutReturn:
         self._between_rollouts()
-        try:
+        with _naming_workers_that_ended(env):
             rollout = super().collect_rollouts(
                 env, callback, train_freq, replay_buffer, action_noise, learning_starts, log_interval
             )
-        except (EOFError, BrokenPipeError, ConnectionResetError) as error:
-            raise RuntimeError(_what_has_ended(env)) from error
         self._rollout_timesteps = rollout.episode_timesteps
         return rollout
 
@@ -359,15 +368,42 @@ class FlowAlgorithm(OffPolicyAlgorithm):
             # Normalisation clips, which would hide an infinite number
             raw_obs = self._vec_normalize_env.get_original_obs()
             raw_reward = self._vec_normalize_env.get_original_reward()
-        check_finite("observation", raw_obs, self.num_timesteps)
-        check_finite("reward", raw_reward, self.num_timesteps)
+        self._check_observation("observation", raw_obs)
+        check_finite("reward", raw_reward, np.float32, self.num_timesteps)
         for i, info in enumerate(infos):
-            if dones[i] and "terminal_observation" in info:
-                last = info["terminal_observation"]
-                batch = {key: np.asarray(value)[None] for key, value in last.items()} if isinstance(last, dict) else last[None]
-                check_finite("terminal observation", batch, self.num_timesteps, first_env=i)
+            if dones[i] and (last := info.get("terminal_observation")) is not None:
+                rows = {key: [value] for key, value in last.items()} if isinstance(last, Mapping) else [last]
+                self._check_observation("terminal observation", rows, first_env=i)
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
-        self._episode_starts, self._stored_timesteps = dones.astype(bool), self.num_timesteps
+        self._episode_starts, self._stored_timesteps = np.asarray(dones, dtype=bool), self.num_timesteps
+
+    def _check_observation(self, what: str, rows: Any, first_env: int = 0) -> None:
+        """
+        Check what will be stored of observations: the entries that the observation space has, as its types.
+
+        :param what: What they are, for the message
+        :param rows: One per environment, or a dictionary of such
+        :param first_env: Index of the environment that the first row comes from
+        :raises ValueError: If a number is NaN or infinite, unless that is allowed, or an entry is missing or not of its type
+        """
+        check = partial(
+            check_finite,
+            num_timesteps=self.num_timesteps,
+            first_env=first_env,
+            may_be_non_finite=self.allow_non_finite_observations,
+            way_out=", or set `allow_non_finite_observations=True` if the features extractor replaces such numbers",
+        )
+        space = self.observation_space
+        if not isinstance(space, spaces.Dict):
+            check(what, rows, space.dtype)
+            return
+        for key, part in space.items():
+            if key not in rows:
+                raise ValueError(
+                    f"Environment {first_env} returned no {key!r} in its {what} at step {self.num_timesteps}, but only "
+                    f"{', '.join(map(repr, rows))}. The observation space has it."
+                )
+            check(f"{what} {key!r}", rows[key], part.dtype)
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         """
@@ -376,19 +412,35 @@ class FlowAlgorithm(OffPolicyAlgorithm):
         :param gradient_steps: Number of gradient steps
         :param batch_size: Minibatch size
         :raises ValueError: If a loss is NaN or infinite; the step is then not taken. On a CPU it is noticed at once; on other
-            devices, which a look at every loss would stall, at the end of the call, all steps from that one on being skipped.
+            devices, which a look at every loss would stall, at the end of the call or after 1000 steps; all steps from that
+            one on are skipped.
         """
         # This affects batch normalisation and dropout
         self.policy.set_training_mode(True)
         self._update_learning_rate(self._optimizers())
         self._runner.failed.zero_()
 
+        totals: defaultdict[str, float] = defaultdict(float)
+        counts: Counter[str] = Counter()
+        for start in range(0, gradient_steps, self.READ_EVERY):
+            steps = min(self.READ_EVERY, gradient_steps - start)
+            for name, values in self._read(self._gradient_steps(steps, batch_size)).items():
+                totals[name] += sum(values)
+                counts[name] += len(values)
+        self._log({name: total / counts[name] for name, total in totals.items()}, gradient_steps)
+
+    def _gradient_steps(self, steps: int, batch_size: int) -> list[dict[str, th.Tensor]]:
+        """
+        :param steps: Number of gradient steps
+        :param batch_size: Minibatch size
+        :return: What each of them recorded, by name, scalars without gradient
+        """
         history = []
         with onednn_matmul(self._uses_onednn):
-            for _ in range(gradient_steps):
+            for _ in range(steps):
                 batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
                 history.append(self._gradient_step(batch))
-        self._log(self._read(history), gradient_steps)
+        return history
 
     def _gradient_step(self, batch: ReplayBufferSamples) -> dict[str, th.Tensor]:
         """
@@ -416,17 +468,18 @@ class FlowAlgorithm(OffPolicyAlgorithm):
         super()._update_learning_rate(optimizers)
         self._runner.prepare(optimizers if isinstance(optimizers, list) else [optimizers])
 
-    def _read(self, history: list[dict[str, th.Tensor]]) -> dict[str, float]:
+    def _read(self, history: list[dict[str, th.Tensor]]) -> dict[str, list[float]]:
         """
-        Bring what the gradient steps have recorded to the CPU, all at once: every transfer waits for the device.
+        Bring what the last gradient steps have recorded to the CPU, all at once: every transfer waits for the device.
 
         :param history: Quantities by name, for every step
-        :return: Their means
+        :return: Their values by name
         :raises ValueError: If a loss was NaN or infinite
         """
         tensors = [self._runner.failed, *(value for metrics in history for value in metrics.values())]
         failed, *values = th.stack(tensors).tolist()
-        columns, remaining = defaultdict(list), iter(values)
+        columns: defaultdict[str, list[float]] = defaultdict(list)
+        remaining = iter(values)
         for metrics in history:
             for name in metrics:
                 columns[name].append(next(remaining))
@@ -437,7 +490,7 @@ class FlowAlgorithm(OffPolicyAlgorithm):
                 for name in LOSSES:
                     if name in metrics:
                         self._raise_if_not_finite(name, metrics[name])
-        return {name: float(np.mean(column)) for name, column in columns.items()}
+        return columns
 
     def _log(self, metrics: dict[str, float], gradient_steps: int) -> None:
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
@@ -541,7 +594,7 @@ class FlowAlgorithm(OffPolicyAlgorithm):
     def _update_target(self) -> None:
         get_ema_multi_avg_fn(1 - self.tau)(list(self.critic_target.parameters()), list(self.critic.parameters()), None)
         # Running statistics of batch normalisation are copied, as in SAC
-        polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
+        polyak_update(_running_statistics(self.critic), _running_statistics(self.critic_target), 1.0)
 
     def _total_derivative(self, push_forward: Callable[..., th.Tensor], velocity: th.Tensor, network_type: str) -> th.Tensor:
         """
@@ -590,22 +643,42 @@ class FlowAlgorithm(OffPolicyAlgorithm):
         self._runner.forget_graphs()
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "actor", "critic", "critic_target", "_runner", "_run_state", "_saver"]
+        return [*super()._excluded_save_params(), "_runner", "_run_state", "_saver"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "actor.optimizer", "critic.optimizer"], []
 
 
-def _what_has_ended(env: VecEnv) -> str:
+def _running_statistics(critic: Critic) -> list[th.Tensor]:
     """
-    :param env: Vectorized environment whose connection broke
-    :return: A message that says which of its processes have ended
+    :param critic: Critics
+    :return: What their layers of batch normalisation have counted
     """
-    while isinstance(env, VecEnvWrapper):
-        env = env.venv
-    message = "The connection to the environments broke."
-    for index, process in enumerate(getattr(env, "processes", [])):
-        process.join(timeout=1)
-        if not process.is_alive():
-            message += f" The process of environment {index} has ended (exit code {process.exitcode})."
-    return message + " Its own error, if any, is printed above; the model can still be saved."
+    return [buffer for name, buffer in critic.named_buffers() if "running_" in name]
+
+
+@contextmanager
+def _naming_workers_that_ended(env: VecEnv | None) -> Iterator[None]:
+    """
+    Where a connection broke because a worker process of ``SubprocVecEnv`` has ended, say which one. Connections of others
+    (a callback's, a simulator's, standard output) break with the same errors, which pass unchanged.
+
+    :param env: Vectorized environment
+    """
+    try:
+        yield
+    except (EOFError, BrokenPipeError, ConnectionResetError) as error:
+        venv = None if env is None else env.unwrapped
+        if not isinstance(venv, SubprocVecEnv):
+            raise
+        # A worker closes its connection a moment before it ends
+        ended = connection.wait([process.sentinel for process in venv.processes], timeout=1)
+        if not ended:
+            raise
+        message = "The connection to the environments broke."
+        for index, process in enumerate(venv.processes):
+            if process.sentinel in ended:
+                # For the exit code
+                process.join(timeout=1)
+                message += f" The process of environment {index} has ended (exit code {process.exitcode})."
+        raise RuntimeError(message + " Its own error, if any, is printed above; the model can still be saved.") from error

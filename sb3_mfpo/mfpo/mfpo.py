@@ -68,7 +68,8 @@ class MFPO(FlowAlgorithm):
     :param env: The environment to learn from (if registered in Gym, can be str); a Box action space with finite bounds
     :param learning_rate: Learning rate of all optimizers (actor, critics, divergence network, temperature); it can be a
         function of the current progress remaining (from 1 to 0)
-    :param buffer_size: Size of the replay buffer, in transitions
+    :param buffer_size: Size of the replay buffer, in transitions. Observations are kept in the environment's own type: wrapped
+        in ``gymnasium.wrappers.DtypeObservation(env, np.float32)``, those of MuJoCo take half the memory.
     :param learning_starts: How many steps of uniformly random actions to collect before learning starts
     :param batch_size: Minibatch size for each gradient update
     :param tau: Soft update coefficient of the target critics ("Polyak update", in [0, 1])
@@ -116,6 +117,8 @@ class MFPO(FlowAlgorithm):
         CUDA graphs. The first steps then take minutes; the results are the same up to rounding.
     :param onednn_matmul: Whether oneDNN multiplies matrices in the gradient step on a CPU; faster on AMD processors. Has no
         effect, and warns, where the products would be rounded to bfloat16.
+    :param allow_non_finite_observations: Whether observations may hold NaN or infinite numbers, which the features extractor
+        must then replace; by default they stop the training. Rewards and actions must be finite in any case.
     :raises ValueError: If an argument is out of range; the message names it
     """
 
@@ -126,7 +129,6 @@ class MFPO(FlowAlgorithm):
     }
     policy_base = MFPOPolicy
     policy: MFPOPolicy
-    divergence: AverageDivergenceNetwork | InstantaneousDivergence
 
     def __init__(
         self,
@@ -169,6 +171,7 @@ class MFPO(FlowAlgorithm):
         policy_delay: int = 1,
         compile_step: bool = False,
         onednn_matmul: bool = False,
+        allow_non_finite_observations: bool = False,
     ):
         if use_sde:
             raise ValueError(
@@ -205,6 +208,7 @@ class MFPO(FlowAlgorithm):
             policy_delay=policy_delay,
             compile_step=compile_step,
             onednn_matmul=onednn_matmul,
+            allow_non_finite_observations=allow_non_finite_observations,
         )
         self.ent_coef = ent_coef
         self.target_entropy = target_entropy
@@ -238,9 +242,10 @@ class MFPO(FlowAlgorithm):
         else:
             self.ent_coef_tensor = th.tensor(value, device=self.device)
 
-    def _create_aliases(self) -> None:
-        super()._create_aliases()
-        self.divergence = self.policy.divergence
+    @property
+    def divergence(self) -> AverageDivergenceNetwork | InstantaneousDivergence:
+        """The policy's divergence network."""
+        return self.policy.divergence
 
     def _settings(self) -> tuple[Any, ...]:
         samples = (self.n_policy_samples, self.n_gaussian_samples, self.n_probes)
@@ -490,9 +495,6 @@ class MFPO(FlowAlgorithm):
             reset_num_timesteps=reset_num_timesteps,
             progress_bar=progress_bar,
         )
-
-    def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "divergence"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, _ = super()._get_torch_save_params()

@@ -63,7 +63,8 @@ class SOM(FlowAlgorithm):
     :param env: The environment to learn from (if registered in Gym, can be str); a Box action space with finite bounds
     :param learning_rate: Learning rate of all optimizers (actor, critics); it can be a function of the current progress
         remaining (from 1 to 0)
-    :param buffer_size: Size of the replay buffer, in transitions
+    :param buffer_size: Size of the replay buffer, in transitions. Observations are kept in the environment's own type: wrapped
+        in ``gymnasium.wrappers.DtypeObservation(env, np.float32)``, those of MuJoCo take half the memory.
     :param learning_starts: How many steps of uniformly random actions to collect before learning starts
     :param batch_size: Minibatch size for each gradient update
     :param tau: Soft update coefficient of the target critics ("Polyak update", in [0, 1])
@@ -109,6 +110,8 @@ class SOM(FlowAlgorithm):
         CUDA graphs. The first steps then take minutes; the results are the same up to rounding.
     :param onednn_matmul: Whether oneDNN multiplies matrices in the gradient step on a CPU; faster on AMD processors. Has no
         effect, and warns, where the products would be rounded to bfloat16.
+    :param allow_non_finite_observations: Whether observations may hold NaN or infinite numbers, which the features extractor
+        must then replace; by default they stop the training. Rewards and actions must be finite in any case.
     :raises ValueError: If an argument is out of range; the message names it
     """
 
@@ -161,6 +164,7 @@ class SOM(FlowAlgorithm):
         critic_reduction: str = "min",
         compile_step: bool = False,
         onednn_matmul: bool = False,
+        allow_non_finite_observations: bool = False,
     ):
         super().__init__(
             policy,
@@ -192,6 +196,7 @@ class SOM(FlowAlgorithm):
             policy_delay=policy_delay,
             compile_step=compile_step,
             onednn_matmul=onednn_matmul,
+            allow_non_finite_observations=allow_non_finite_observations,
         )
         self.inverse_temperature = inverse_temperature
         self.normalize_q = normalize_q
