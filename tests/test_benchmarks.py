@@ -253,15 +253,16 @@ def first_weight(actor: th.nn.Module) -> np.ndarray:
 
 def test_the_average_acts_and_the_actor_is_trained() -> None:
     trained, acting = [], []
+    averages = variants.ActWithAverage(0.75)
 
     class Record(BaseCallback):
         def _on_step(self) -> bool:
-            trained.append(first_weight(self.model.actor))
+            trained.append(first_weight(averages._trained))
             acting.append(first_weight(self.model.policy.actor))
             return True
 
-    model = make_model(MFPO, seed=0).learn(40, callback=[variants.ActWithAverage(0.75), Record()])
-    assert model.policy.actor is model.actor
+    model = make_model(MFPO, seed=0).learn(40, callback=[averages, Record()])
+    assert model.policy.actor is model.actor is averages._trained
     average = trained[0]
     for actor, used in zip(trained, acting, strict=True):
         average = 0.75 * average + 0.25 * actor
