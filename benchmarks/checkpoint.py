@@ -28,7 +28,8 @@ from gymnasium import spaces
 from machine import versions
 
 from sb3_mfpo import MFPO, RunCheckpointCallback
-from sb3_mfpo.runs.checkpoint import checkpoints, read_newest_run
+from sb3_mfpo.runs.checkpoint import checkpoints, read_newest_run, write_run
+from sb3_mfpo.runs.state import run_state
 
 # Sizes of observation and action, as HalfCheetah's
 SIZES = (17, 6)
@@ -46,6 +47,13 @@ class RandomTask(gym.Env):
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
         return self.observation_space.sample(), 0.0, False, False, {}
+
+    def state_dict(self) -> dict[str, Any]:
+        # The random numbers of the spaces are saved with any environment
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
 
 
 def make_model(buffer_size: int, **kwargs: Any) -> MFPO:
@@ -125,13 +133,13 @@ def save(folder: Path, transitions: int, rounds: int) -> dict[str, Any]:
             os.fsync(file.fileno())
         plain.append(time.perf_counter() - start)
         start = time.perf_counter()
-        callback.save()
+        write_run(model, run_state(model, callback), path)
         seconds.append(time.perf_counter() - start)
     del data
     # Resets the peak to what is resident now
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
-    callback.save()
+    write_run(model, run_state(model, callback), path)
     peak = resident("VmHWM") - before
     start = time.perf_counter()
     MFPO.resume(path, RandomTask(), device="cpu")
