@@ -604,7 +604,7 @@ def test_merged_hyperparameters() -> None:
 def test_going_on_with_a_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Outputs, device and steps are those of the call, hyperparameters and random state those of the run."""
     (tmp_path / "own.yml").write_text("default: {policy: MlpPolicy, n_timesteps: 60, gamma: 0.5, learning_starts: 0}")
-    run = make_model(MFPO, OwnTask(), seed=3, gamma=0.8)
+    run = make_model(MFPO, OwnTask(), seed=3, gamma=0.8, verbose=1)
     run.learn(20, callback=RunCheckpointCallback(20, tmp_path))
     # Not the run's: with a model that is no run, rl_zoo3 would load it
     (tmp_path / "replay_buffer.pkl").write_bytes(b"of another run")
@@ -634,6 +634,7 @@ def test_going_on_with_a_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
 def test_environments_that_render_get_a_renderer(
     bare: None,  # noqa: F811
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """MuJoCo's, in training and in play; what does not render does not look for one."""
     (tmp_path / "own.yml").write_text("default: {policy: MlpPolicy, n_timesteps: 10}")
@@ -649,6 +650,8 @@ def test_environments_that_render_get_a_renderer(
         return frame is not None and frame.std() > 1
 
     assert is_rendered(rendering.create_envs(1))
+    assert os.environ["MUJOCO_GL"] in ("egl", "osmesa", "glfw")
+    monkeypatch.delenv("MUJOCO_GL")
     assert is_rendered(create_test_env(TASK, hyperparams=dict(env_kwargs=dict(render_mode="rgb_array"))))
 
 
