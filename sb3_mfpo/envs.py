@@ -3,12 +3,84 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
+import os
+import subprocess
+import sys
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
-from gymnasium.envs.registration import EnvSpec, load_env_creator
+from gymnasium.envs.registration import EnvSpec
+
+NO_RENDERER = (
+    "No offscreen rendering: install an EGL driver (`apt install libegl1 libgl1-mesa-dri`); only videos and pixels need it."
+)
+RENDER = """
+import mujoco
+model = mujoco.MjModel.from_xml_string("<mujoco><worldbody><geom size='1'/></worldbody></mujoco>")
+data = mujoco.MjData(model)
+mujoco.mj_forward(model, data)
+renderer = mujoco.Renderer(model, 32, 32)
+renderer.update_scene(data)
+assert renderer.render().shape == (32, 32, 3)
+"""
+# They read MUJOCO_GL when they are imported
+CHOOSE_WHEN_IMPORTED = ("dm_control._render", "mujoco.rendering.classic.gl_context")
+
+
+class NoRendererError(RuntimeError):
+    """Nothing can be rendered on this machine."""
+
+
+def find_renderer() -> str | None:
+    """
+    :return: The first of MUJOCO_GL, egl, osmesa and glfw that renders, tried in processes of their own
+    """
+    chosen = os.environ.get("MUJOCO_GL")
+    for name in ([chosen] if chosen else []) + ["egl", "osmesa", "glfw"]:
+        environment = {**os.environ, "MUJOCO_GL": name}
+        try:
+            run = subprocess.run([sys.executable, "-c", RENDER], env=environment, capture_output=True, timeout=60)
+        except subprocess.TimeoutExpired:
+            continue
+        if run.returncode == 0:
+            return name
+    return None
+
+
+def has_display() -> bool:
+    """
+    :return: Whether a window can be opened, as far as the environment variables tell
+    """
+    return sys.platform != "linux" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
+def choose_renderer() -> None:
+    """
+    Where no window can be opened and MUJOCO_GL is not set, set it to what renders. The first time takes a second or more.
+
+    :raises NoRendererError: If nothing renders
+    """
+    if "MUJOCO_GL" in os.environ or has_display():
+        return
+    renderer = find_renderer()
+    if renderer is None:
+        raise NoRendererError(NO_RENDERER)
+    os.environ["MUJOCO_GL"] = renderer
+    for name in CHOOSE_WHEN_IMPORTED:
+        if name in sys.modules:
+            importlib.reload(sys.modules[name])
+
+
+def renders_offscreen(render_mode: str | None) -> bool:
+    """
+    :param render_mode: Of an environment
+    :return: Whether it renders without a window
+    """
+    return render_mode not in (None, "human")
 
 
 class DMControlTask(gym.Wrapper):
@@ -80,20 +152,36 @@ class ReadyEntryPoint:
 
     def __call__(self, pixels: bool = False, image_size: int = 84, **kwargs: Any) -> gym.Env:
         if pixels:
-            kwargs |= dict(render_mode="rgb_array", render_kwargs=dict(height=image_size, width=image_size, camera_id=0))
-        creator = load_env_creator(self.entry_point) if isinstance(self.entry_point, str) else self.entry_point
-        env: gym.Env = DMControlTask(creator(**kwargs))  # type: ignore[arg-type]
+            view = dict(height=image_size, width=image_size, camera_id=0)
+            kwargs |= dict(render_mode="rgb_array", render_kwargs={**view, **(kwargs.get("render_kwargs") or {})})
+        if renders_offscreen(kwargs.get("render_mode")):
+            choose_renderer()
+        env: gym.Env = DMControlTask(self.entry_point(**kwargs))
         return gym.wrappers.AddRenderObservation(env, render_only=True) if pixels else env
+
+
+def is_of_shimmy(spec: EnvSpec) -> bool:
+    """
+    :param spec: Of any task
+    :return: Whether shimmy makes it from a task of DeepMind Control, whatever its id
+    """
+    maker: Any = spec.entry_point
+    if isinstance(maker, ReadyEntryPoint):
+        return True
+    function = maker.func if isinstance(maker, functools.partial) else maker
+    # Its functions have no public names
+    name = getattr(function, "__name__", "")
+    return getattr(function, "__module__", None) == "shimmy.registration" and name.startswith("_make_dm_control")
 
 
 def ready_spec(spec: EnvSpec) -> EnvSpec:
     """
     :param spec: One of shimmy's, or one that this function returned
-    :return: The spec of the same task made ready; its ``make`` also takes ``pixels`` and ``image_size``
+    :return: The spec of the same task made ready, all else as it was; its ``make`` also takes ``pixels`` and ``image_size``
     """
     if isinstance(spec.entry_point, ReadyEntryPoint):
         return spec
-    return EnvSpec(spec.id, entry_point=ReadyEntryPoint(spec.entry_point), nondeterministic=spec.nondeterministic)
+    return dataclasses.replace(spec, entry_point=ReadyEntryPoint(spec.entry_point))
 
 
 def register_dm_control() -> None:
@@ -112,7 +200,8 @@ def register_dm_control() -> None:
 
 def make_dm_control(env_id: str, pixels: bool = False, image_size: int = 84, **kwargs: Any) -> gym.Env:
     """
-    Make a DeepMind Control task for ``MlpPolicy``, or from pixels for ``CnnPolicy``.
+    Make a DeepMind Control task for ``MlpPolicy``, or from pixels for ``CnnPolicy``. Where it renders, there is no display and
+    MUJOCO_GL is not set, that is set to what works.
 
     :param env_id: Gymnasium id, such as "dm_control/dog-run-v0"
     :param pixels: Whether to observe rendered images instead of the state
@@ -120,11 +209,13 @@ def make_dm_control(env_id: str, pixels: bool = False, image_size: int = 84, **k
     :param kwargs: Those of ``gymnasium.make``, such as ``render_mode="rgb_array"``
     :return: The task
     :raises ImportError: If shimmy or dm_control is not installed
-    :raises ValueError: If there is no such task
+    :raises ValueError: If there is no such task, or it is not one of shimmy's
+    :raises NoRendererError: If it is to be rendered and nothing works
     """
     register_dm_control()
-    if not env_id.startswith("dm_control/") or env_id not in gym.registry:
+    if env_id not in gym.registry or not is_of_shimmy(gym.spec(env_id)):
         raise ValueError(
-            f'`env_id` must be the id of a DeepMind Control task such as "dm_control/dog-run-v0", not {env_id!r}.'
+            f'`env_id` must be the id of a DeepMind Control task of shimmy such as "dm_control/dog-run-v0", not {env_id!r}; '
+            "make a task of your own with `gymnasium.make`."
         )
     return ready_spec(gym.spec(env_id)).make(pixels=pixels, image_size=image_size, **kwargs)

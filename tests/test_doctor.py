@@ -7,12 +7,13 @@ from importlib import metadata
 
 import pytest
 
+from sb3_mfpo.envs import NO_RENDERER, find_renderer
 from sb3_mfpo.zoo import doctor
 
 
 def test_this_installation_is_healthy(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MUJOCO_GL", raising=False)
-    renderer = doctor.find_renderer()
+    renderer = find_renderer()
     code = doctor.doctor()
     output = capsys.readouterr().out
     for name in ("torch", "mujoco", "dm_control", "rl_zoo3"):
@@ -21,17 +22,17 @@ def test_this_installation_is_healthy(capsys: pytest.CaptureFixture, monkeypatch
     if renderer:
         assert code == 0 and "No problems found." in output
     else:
-        assert code == 1 and doctor.NO_RENDERER in output
+        assert code == 1 and NO_RENDERER in output
 
 
 def test_a_renderer_that_does_not_work_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MUJOCO_GL", "nonsense")
-    assert doctor.find_renderer() in ("egl", "osmesa", "glfw", None)
+    assert find_renderer() in ("egl", "osmesa", "glfw", None)
     (problem,) = doctor.unusable_renderer(True, "egl", "nonsense")
     assert "MUJOCO_GL=nonsense does not render" in problem and "export MUJOCO_GL=egl" in problem
     assert doctor.unusable_renderer(True, "egl", "egl") == doctor.unusable_renderer(True, "egl", None) == []
     assert doctor.unusable_renderer(False, None, None) == []
-    assert doctor.unusable_renderer(True, None, None) == [doctor.NO_RENDERER]
+    assert doctor.unusable_renderer(True, None, None) == [NO_RENDERER]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """DeepMind Control tasks as Stable-Baselines3 wants them."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -9,13 +10,25 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium import spaces
+from gymnasium.envs.registration import WrapperSpec
 from stable_baselines3.common.env_checker import check_env
 
 from sb3_mfpo import MFPO
-from sb3_mfpo.envs import DMControlTask, make_dm_control, register_dm_control
-from sb3_mfpo.zoo.doctor import find_renderer
+from sb3_mfpo.envs import (
+    NO_RENDERER,
+    DMControlTask,
+    NoRendererError,
+    choose_renderer,
+    find_renderer,
+    is_of_shimmy,
+    make_dm_control,
+    ready_spec,
+    register_dm_control,
+)
 from tests.helpers import SMALL, SMALL_POLICY
 
+# What says how to render; none of it is set on a bare machine
+RENDERING = ("MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY", "PYOPENGL_PLATFORM")
 needs_renderer = pytest.mark.skipif(find_renderer() is None, reason="needs EGL or OSMesa for offscreen rendering")
 
 
@@ -95,6 +108,72 @@ def test_unknown_tasks(env_id: str) -> None:
         make_dm_control(env_id)
 
 
+class OwnTask(gym.Env):
+    observation_space = spaces.Box(-1, 1, (2,), np.float32)
+    action_space = spaces.Box(-1, 1, (1,), np.float32)
+
+    def __init__(self, scale: float = 1.0):
+        self.scale = scale
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        return np.zeros(2, np.float32), self.scale, False, False, {}
+
+
+def episode_length(env: gym.Env) -> int:
+    env.reset(seed=0)
+    for step in range(1, 2000):
+        *_, terminated, truncated, _ = env.step(env.action_space.sample())
+        if terminated or truncated:
+            return step
+    raise AssertionError("no end")
+
+
+def test_what_is_of_shimmy_is_told_by_what_makes_it_not_by_its_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    register_dm_control()
+    monkeypatch.setattr(gym.envs.registration, "registry", registry := dict(gym.registry))
+    monkeypatch.setattr(gym, "registry", registry)
+    gym.register("dm_control/own-task-v0", OwnTask, kwargs=dict(scale=5.0), max_episode_steps=50)
+    gym.register("own/cartpole-v0", gym.spec("dm_control/cartpole-swingup-v0").entry_point)
+    assert not is_of_shimmy(gym.spec("dm_control/own-task-v0"))
+    with pytest.raises(ValueError, match=r"not 'dm_control/own-task-v0'; make a task of your own with `gymnasium.make`"):
+        make_dm_control("dm_control/own-task-v0")
+    for env_id in ("own/cartpole-v0", "dm_control/cartpole-swingup-v0", "dm_control/RodentTwoTouch-v0"):
+        assert is_of_shimmy(gym.spec(env_id)) and is_of_shimmy(ready_spec(gym.spec(env_id)))
+    assert not is_of_shimmy(gym.spec("Pendulum-v1"))
+    assert make_dm_control("own/cartpole-v0").observation_space.shape == (5,)
+
+
+@pytest.mark.parametrize(("limit", "length"), [(20, 20), (None, 100), (500, 100)])
+def test_a_ready_task_keeps_all_of_its_spec(limit: int | None, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task of shimmy's whose own time limit is a second, 100 steps."""
+    register_dm_control()
+    monkeypatch.setattr(gym.envs.registration, "registry", registry := dict(gym.registry))
+    monkeypatch.setattr(gym, "registry", registry)
+    gym.register(
+        "dm_control/short-cartpole-v0",
+        gym.spec("dm_control/cartpole-swingup-v0").entry_point,
+        kwargs=dict(task_kwargs=dict(time_limit=1.0)),
+        max_episode_steps=limit,
+        reward_threshold=7.0,
+        nondeterministic=True,
+        order_enforce=False,
+        disable_env_checker=True,
+        additional_wrappers=(WrapperSpec("Scaled", "gymnasium.wrappers:TransformReward", dict(func=lambda reward: -1.0)),),
+    )
+    spec = gym.spec("dm_control/short-cartpole-v0")
+    ready = ready_spec(spec)
+    assert dataclasses.replace(ready, entry_point=spec.entry_point) == spec and ready_spec(ready) is ready
+    env = make_dm_control("dm_control/short-cartpole-v0")
+    assert episode_length(env) == length
+    assert env.step(env.action_space.sample())[1] == -1.0
+    assert not any("OrderEnforcing" in text or "Checker" in text for text in str(env).split("<"))
+    assert env.spec is not None and env.spec.max_episode_steps == (limit or length)
+    assert env.spec.reward_threshold == 7.0 and env.spec.nondeterministic
+
+
 @pytest.mark.parametrize("package", ["shimmy", "dm_control"])
 def test_missing_packages(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
@@ -102,13 +181,30 @@ def test_missing_packages(package: str, monkeypatch: pytest.MonkeyPatch) -> None
         register_dm_control()
 
 
+def bare_environment(**variables: str) -> dict[str, str]:
+    """Environment variables of a process on a machine without a display where nobody has chosen a renderer."""
+    kept = {name: value for name, value in os.environ.items() if name not in RENDERING}
+    return {**kept, "OMP_NUM_THREADS": "1", **variables}
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for this process; what the test sets is undone."""
+    for name in RENDERING:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
 @needs_renderer
 def test_pixels_and_rendering() -> None:
-    """In a process of its own: the renderer is chosen when dm_control is imported."""
+    """In a process of its own, on a bare machine, after dm_control has been imported and has chosen what does not work."""
     code = """
+import os
 import numpy as np
 from sb3_mfpo import MFPO
 from sb3_mfpo.envs import make_dm_control
+make_dm_control("dm_control/cartpole-balance-v0").reset(seed=0)
+assert "MUJOCO_GL" not in os.environ, "chosen although nothing is rendered"
 env = make_dm_control("dm_control/cartpole-balance-v0", pixels=True, image_size=48)
 first, _ = env.reset(seed=0)
 assert first.shape == (48, 48, 3) and first.dtype == np.uint8 and first.std() > 1
@@ -116,11 +212,33 @@ for _ in range(20):
     last, *_ = env.step(np.ones(1, np.float32))
 assert not np.array_equal(first, last) and env.observation_space.contains(last)
 MFPO("CnnPolicy", env, learning_starts=4, batch_size=4, buffer_size=20, policy_kwargs=dict(net_arch=[8])).learn(6)
+other = make_dm_control("dm_control/cartpole-balance-v0", pixels=True, image_size=48, render_kwargs=dict(camera_id=1))
+assert not np.array_equal(other.reset(seed=0)[0], first)
 frame = make_dm_control("dm_control/cartpole-balance-v0", render_mode="rgb_array")
 frame.reset()
 assert frame.render().shape == (240, 320, 3)
+import mujoco
+model = mujoco.MjModel.from_xml_string("<mujoco/>")
+assert mujoco.Renderer(model, 32, 32).render().shape == (32, 32, 3)
 print("done")
 """
-    environment = {**os.environ, "MUJOCO_GL": find_renderer() or ""}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", code], env=bare_environment(), capture_output=True, text=True)
     assert run.stdout.strip().endswith("done"), run.stderr
+
+
+def test_where_nothing_renders(bare: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what renders fails, and says why. No renderer works for this platform of PyOpenGL."""
+    monkeypatch.setenv("PYOPENGL_PLATFORM", "nonsense")
+    make_dm_control("dm_control/cartpole-balance-v0").reset(seed=0)
+    for kwargs in (dict(pixels=True), dict(render_mode="depth_array")):
+        with pytest.raises(NoRendererError) as error:
+            make_dm_control("dm_control/cartpole-balance-v0", **kwargs)  # type: ignore[arg-type]
+        assert str(error.value) == NO_RENDERER
+    assert "MUJOCO_GL" not in os.environ
+
+
+@pytest.mark.parametrize(("name", "value"), [("MUJOCO_GL", "nonsense"), ("DISPLAY", ":0"), ("WAYLAND_DISPLAY", "wayland-0")])
+def test_what_the_user_has_set_is_left_alone(name: str, value: str, bare: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    choose_renderer()
+    assert os.environ.get("MUJOCO_GL") == (value if name == "MUJOCO_GL" else None)

@@ -29,12 +29,13 @@ ALLOWED = {
     "mfpo/policies": {"torch", "gymnasium", "stable_baselines3", "sb3_mfpo.common"},
     "envs": {"numpy", "gymnasium", "dm_control", "shimmy"},
     "zoo/search_space": {"optuna"},
+    "zoo/manager": {"gymnasium", "rl_zoo3", "stable_baselines3", "sb3_mfpo", "sb3_mfpo.envs"},
     "zoo/registration": {
         *("gymnasium", "rl_zoo3", "huggingface_sb3", "stable_baselines3"),
         *("sb3_mfpo", "sb3_mfpo.envs", "sb3_mfpo.zoo"),
     },
     "zoo/paper": set(),
-    "zoo/doctor": {"torch", "packaging"},
+    "zoo/doctor": {"torch", "packaging", "sb3_mfpo.envs"},
     "zoo/__main__": {
         *("gymnasium", "rl_zoo3", "yaml", "matplotlib", "imageio_ffmpeg"),
         *("sb3_mfpo.envs", "sb3_mfpo.zoo.doctor", "sb3_mfpo.zoo.registration"),

@@ -1,5 +1,6 @@
 """rl_zoo3 with our algorithms: the real commands on small budgets, in processes of their own."""
 
+import argparse
 import csv
 import importlib.util
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -16,25 +18,28 @@ import optuna
 import pytest
 import rl_zoo3
 import rl_zoo3.plots
+import torch as th
 import yaml
 from rl_zoo3 import hyperparams_opt, utils
 from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3 import SAC
+from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_mfpo import MFPO, SOM
-from sb3_mfpo.envs import ReadyEntryPoint, register_dm_control
-from sb3_mfpo.zoo.__main__ import COMMANDS
+from sb3_mfpo import MFPO, SOM, RunCheckpointCallback
+from sb3_mfpo.envs import NO_RENDERER, ReadyEntryPoint, register_dm_control
+from sb3_mfpo.zoo.__main__ import COMMANDS, main
+from sb3_mfpo.zoo.manager import Hyperparameters, Manager, create_test_env, merged
 from sb3_mfpo.zoo.registration import ALGORITHMS, hyperparameter_file, register
 from tests.helpers import make_model
-from tests.test_envs import needs_renderer
+from tests.test_envs import OwnTask, bare, bare_environment, needs_renderer  # noqa: F401
 
 TASK = "Reacher-v5"
 HYPERPARAMS = {name: yaml.safe_load(hyperparameter_file(name).read_text()) for name in ALGORITHMS}
 
 
 def start(folder: Path, command: str, **environment: str) -> subprocess.Popen:
-    """Run a command of the zoo in a folder, one thread each."""
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true", **environment}
+    """Run a command of the zoo in a folder, one thread each, on a machine without a display."""
+    variables = bare_environment(WANDB_MODE="offline", WANDB_SILENT="true", **environment)
     line = [sys.executable, "-m", "sb3_mfpo.zoo", *command.split()]
     return subprocess.Popen(line, cwd=folder, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -120,6 +125,68 @@ def test_record_training(runs: Path) -> None:
     video = runs / "logs" / "mfpo" / f"{TASK}_1" / "videos" / "training.mp4"
     # The checkpoint, the best and the last model
     assert count_frames(video) >= 3 * 20
+
+
+@needs_renderer
+def test_a_dm_control_task_from_pixels(tmp_path: Path) -> None:
+    """A task of shimmy's under another id, cut to four steps, which rl_zoo3 finds in its module for tasks of one's own."""
+    (tmp_path / "custom_envs.py").write_text("""
+import gymnasium as gym
+import shimmy
+
+gym.register("dm_control/short-v0", gym.spec("dm_control/cartpole-balance-v0").entry_point, max_episode_steps=4)
+""")
+    (tmp_path / "pixels.yml").write_text("""
+default:
+  n_timesteps: 10
+  policy: CnnPolicy
+  learning_starts: 6
+  buffer_size: 20
+  batch_size: 4
+  policy_kwargs: "dict(net_arch=[8])"
+  env_kwargs: {pixels: True, image_size: 40}
+""")
+    command = "train --algo mfpo --env dm_control/short-v0 --conf-file pixels.yml --eval-freq 5 --eval-episodes 1"
+    zoo(tmp_path, command, PYTHONPATH=str(tmp_path))
+    run = tmp_path / "logs" / "mfpo" / "dm_control-short-v0_1"
+    assert np.load(run / "evaluations.npz")["ep_lengths"].tolist() == [[4], [4]]
+    assert MFPO.load(run / "dm_control-short-v0.zip", buffer_size=1).observation_space.shape == (3, 40, 40)
+    output = zoo(tmp_path, "enjoy --algo mfpo --env dm_control/short-v0 -f logs -n 8", PYTHONPATH=str(tmp_path))
+    assert "No display" in output and "2 Episodes" in output
+    zoo(tmp_path, "record-video --algo mfpo --env dm_control/short-v0 -f logs -o videos -n 6", PYTHONPATH=str(tmp_path))
+    (video,) = (tmp_path / "videos").glob("*.mp4")
+    assert count_frames(video) in (6, 7)
+
+
+def save_untrained(algorithm: type[MFPO], task: str, folder: Path) -> None:
+    model = make_model(algorithm, gym.make(task))
+    (path := folder / "logs" / algorithm.__name__.lower() / f"{task.replace('/', '-')}_1").mkdir(parents=True)
+    model.save(path / task.replace("/", "-"))
+
+
+@needs_renderer
+def test_record_video_of_a_dm_control_task_from_states(tmp_path: Path) -> None:
+    register_dm_control()
+    register()
+    save_untrained(MFPO, "dm_control/cartpole-balance-v0", tmp_path)
+    zoo(tmp_path, "record-video --algo mfpo --env dm_control/cartpole-balance-v0 -f logs -o videos -n 6")
+    (video,) = (tmp_path / "videos").glob("*.mp4")
+    assert count_frames(video) in (6, 7)
+
+
+def test_record_video_of_classic_control_needs_no_renderer(tmp_path: Path) -> None:
+    """No renderer of MuJoCo works for this platform of PyOpenGL."""
+    save_untrained(MFPO, "Pendulum-v1", tmp_path)
+    zoo(tmp_path, "record-video --algo mfpo --env Pendulum-v1 -f logs -o videos -n 6", PYOPENGL_PLATFORM="nonsense")
+    (video,) = (tmp_path / "videos").glob("*.mp4")
+    assert count_frames(video) in (6, 7)
+
+
+def test_record_video_where_nothing_renders(tmp_path: Path) -> None:
+    save_untrained(MFPO, TASK, tmp_path)
+    command = f"record-video --algo mfpo --env {TASK} -f logs -n 6"
+    output = zoo(tmp_path, command, code=2, PYOPENGL_PLATFORM="nonsense")
+    assert output.strip().splitlines()[-1] == f"error: {NO_RENDERER}"
 
 
 def count_frames(video: Path) -> int:
@@ -222,27 +289,76 @@ def test_normalisation_of_a_task_that_is_not_listed(tmp_path: Path) -> None:
     assert "Loading running average" in output
 
 
-BROKEN = "Reacher-v5: [unclosed"
+def test_options_are_read_as_rl_zoo3_reads_them(tmp_path: Path) -> None:
+    """Shortened, with a dash, with an equals sign; a file and a task of one's own."""
+    (tmp_path / "own_tasks.py").write_text("import gymnasium as gym\ngym.register('Own-v0', 'tests.test_envs:OwnTask')")
+    (tmp_path / "own.yml").write_text("Own-v0: {policy: MlpPolicy, n_timesteps: 20, gamma: 0.123}")
+    command = "train --al som --env=Own-v0 --gym-pack own_tasks --conf own.yml --eval-f -1 --hyper learning_starts:18"
+    zoo(tmp_path, command, PYTHONPATH=os.pathsep.join([str(tmp_path), str(Path(__file__).parent.parent)]))
+    run = tmp_path / "logs" / "som" / "Own-v0_1"
+    model = SOM.load(run / "Own-v0.zip", buffer_size=1)
+    assert (model.gamma, model.learning_starts, model.num_timesteps) == (0.123, 18, 20)
+    assert yaml.unsafe_load((run / "Own-v0" / "args.yml").read_text())["conf_file"] == "own.yml"
+
+
+BAD_FILES = {
+    "broken.yml": b"Reacher-v5: [unclosed",
+    "empty.yml": b"Hopper-v5: {}",
+    "nothing.yml": b"",
+    "latin.yml": "Reacher-v5: {policy: 'Größe'}".encode("latin-1"),
+    "list.yml": b"Reacher-v5: [gamma, 0.9]",
+    "steps.yml": b"default: {policy: MlpPolicy}",
+    "settings.py": b"hyperparameters = {}",
+    "failing.py": b"1 / 0",
+    "failing_module.py": b"import no_such_package",
+}
 BAD_INPUT = {
+    "train --algo mfpo --env Reacher-v5 -conf latin.yml": "error: --conf-file latin.yml: UnicodeDecodeError: 'utf-8' codec",
+    "train --algo mfpo --env Reacher-v5 -conf .yml": "error: --conf-file .yml: IsADirectoryError: [Errno 21]",
+    "train --algo mfpo --env Reacher-v5 --conf list.yml": "error: --conf-file list.yml: `Reacher-v5` must be a mapping",
+    "train --algo mfpo --env Reacher-v5 --conf nothing.yml": "error: --conf-file nothing.yml: neither `Reacher-v5` nor",
+    "train --algo sac --env Reacher-v5 -conf steps.yml": "error: --conf-file steps.yml: `default` has no `n_timesteps`",
+    "train --algo mfpo --env Reacher-v5 -conf settings.py": "error: --conf-file settings.py: KeyError: 'hyperparams'",
+    "train --algo mfpo --env Reacher-v5 -conf failing.py": "error: --conf-file failing.py: ZeroDivisionError: division",
+    "train --algo mfpo --env Reacher-v5 -conf failing_module": "error: --conf-file failing_module: ModuleNotFoundError: No",
+    "train --algo mfpo --env Reacher-v5 -conf sb3_mfpo.envs": "error: --conf-file sb3_mfpo.envs: AttributeError: module",
+    "train --algo mfpo --env Reacher-v5 --eval 5": "sb3_mfpo.zoo train: error: ambiguous option: --eval could match",
+    "train --algo mfpo --env Reacher-v5 -params policy:CnnPolicy": "error: arguments cannot be read (NameError: name 'Cnn",
+    "train --algo mfpo --env Reacher-v5 -i none.zip": "error: --trained-agent none.zip: there is no such .zip file",
+    "train --algo mfpo --env Reacher-v5 --trial-id 0": "error: --trial-id 0: also give --storage and --study-name",
     "train --algo mfpo --env Reacher-v55": "error: unknown task Reacher-v55, did you mean Reacher-v5?",
     "train --algo mfpo --env dm_control/dogrun-v0": "error: unknown task dm_control/dogrun-v0, did you mean dm_control/",
     "train --algo mfpo --env h1-walk-v0": "error: h1-walk-v0 is a task of HumanoidBench",
     "train --algo mfpo --env Reacher-v5 --gym-packages humanoid_bench": "error: --gym-packages humanoid_bench: No module",
     "train --algo mfop --env Reacher-v5": "sb3_mfpo.zoo train: error: argument --algo: invalid choice: 'mfop'",
-    "train --algo mfpo --env Reacher-v5 -conf broken.yml": "error: --conf-file broken.yml: while parsing",
-    "train --algo mfpo --env Reacher-v5 --conf-file none.yml": "error: --conf-file none.yml: [Errno 2] No such file",
-    "train --algo mfpo --env Reacher-v5 -conf empty.yml": "error: --conf-file empty.yml: neither Reacher-v5 nor `default`",
+    "train --algo mfpo --env Reacher-v5 -conf broken.yml": "error: --conf-file broken.yml: ParserError: while parsing",
+    "train --algo mfpo --env Reacher-v5 --conf-file none.yml": "error: --conf-file none.yml: FileNotFoundError: [Errno 2] No",
+    "train --algo mfpo --env Reacher-v5 -conf empty.yml": "error: --conf-file empty.yml: neither `Reacher-v5` nor `default`",
     "trian --algo mfpo": "error: unknown command 'trian', choose from train, enjoy",
 }
 
 
 @pytest.mark.parametrize("command", BAD_INPUT)
-def test_bad_input(command: str, tmp_path: Path) -> None:
-    (tmp_path / "broken.yml").write_text(BROKEN)
-    (tmp_path / "empty.yml").write_text("Hopper-v5: {}")
-    last_line = zoo(tmp_path, command, code=2).strip().splitlines()[-1]
-    assert last_line.startswith(BAD_INPUT[command]), last_line
+def test_bad_input(command: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process: they end before anything is done."""
+    for name, content in BAD_FILES.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / ".yml").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["sb3_mfpo.zoo", *command.split()])
+    read_arguments = argparse.ArgumentParser.parse_args
+    with pytest.raises(SystemExit) as end:
+        main()
+    last_line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert end.value.code == 2 and last_line.startswith(BAD_INPUT[command]), last_line
     assert not (tmp_path / "logs").exists()
+    assert argparse.ArgumentParser.parse_args is read_arguments
+
+
+def test_bad_input_ends_the_process(tmp_path: Path) -> None:
+    output = zoo(tmp_path, "train --algo mfpo --env Reacher-v55", code=2)
+    assert output.strip().splitlines()[-1] == "error: unknown task Reacher-v55, did you mean Reacher-v5?"
 
 
 @pytest.mark.parametrize("package, extra, task", [("rl_zoo3", "zoo", TASK), ("shimmy", "dmc", "dm_control/dog-run-v0")])
@@ -399,3 +515,156 @@ def test_every_point_of_the_search_space_is_valid(name: str) -> None:
         else:
             assert model.inverse_temperature == trial.params["inverse_temperature"]
             assert model.n_samples == trial.params["n_samples"]
+
+
+def make_manager(folder: Path, **kwargs: Any) -> Manager:
+    """rl_zoo3's experiment with our algorithm, the file "own.yml" and a short task."""
+    if "Own-v0" not in gym.registry:
+        gym.register("Own-v0", OwnTask, max_episode_steps=5)
+    arguments = dict(algo="mfpo", env_id="Own-v0", eval_freq=-1, n_eval_episodes=1, device="cpu", seed=0, log_interval=-1)
+    settings = {**arguments, "log_folder": str(folder / "logs"), "config": str(folder / "own.yml"), **kwargs}
+    return Manager(argparse.Namespace(), **settings)
+
+
+TRIAL = dict(learning_rate=1e-3, one_minus_gamma=0.1, tau=0.01, policy_delay=1, value_range=70.0, net_arch="small")
+OWN_PARAMS = {"mfpo": dict(rho=0.5, n_policy_samples=4, n_gaussian_samples=8, sampling_steps=3)}
+OWN_PARAMS["som"] = dict(inverse_temperature=9.0, n_samples=8)
+FILE = """
+default:
+  n_timesteps: 12
+  policy: MlpPolicy
+  learning_starts: 8
+  batch_size: 4
+  policy_kwargs: "dict(value_init='narrow', n_critics=3, v_max=1, activation_fn=nn.Tanh)"
+"""
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_trial_leaves_what_it_has_not_sampled(name: str, tmp_path: Path) -> None:
+    """The search, and training with a trial of it: the same hyperparameters, those of the file where nothing was sampled."""
+    (tmp_path / "own.yml").write_text(FILE)
+    params = {**TRIAL, **OWN_PARAMS[name]}
+    search = make_manager(tmp_path, algo=name, optimize_hyperparameters=True, optimization_log_path=str(tmp_path / "best"))
+    assert search.setup_experiment() is None
+    search.objective(optuna.trial.FixedTrial(params))  # type: ignore[arg-type]
+    searched = ALGORITHMS[name].load(tmp_path / "best" / "trial_0" / "best_model.zip")
+    expected = dict(value_init="narrow", n_critics=3, activation_fn=th.nn.Tanh, net_arch=[64, 64], v_min=-70, v_max=70)
+    expected |= dict(sampling_steps=3) if name == "mfpo" else {}
+    assert searched.policy_kwargs == expected
+    assert (searched.gamma, searched.learning_starts, searched.batch_size) == (0.9, 8, 4)
+
+    storage = f"sqlite:///{tmp_path}/study.db"
+    study = optuna.create_study(storage=storage, study_name="own", direction="maximize")
+    study.enqueue_trial(params)
+    trial = study.ask()
+    hyperparams_opt.HYPERPARAMS_SAMPLER[name](trial, 0, 1, {})
+    study.tell(trial, 0.0)
+    of_trial: dict[str, Any] = dict(algo=name, storage=storage, study_name="own", trial_id=0)
+    results = make_manager(tmp_path, **of_trial).setup_experiment()
+    assert results is not None
+    model, saved = results
+    assert model.policy_kwargs == saved["policy_kwargs"] == expected and model.gamma == 0.9
+
+    # What is given for this call goes before both
+    results = make_manager(tmp_path, **of_trial, hyperparams=dict(gamma=0.5, policy_kwargs=dict(v_max=7))).setup_experiment()
+    assert results is not None and results[0].gamma == 0.5
+    assert results[0].policy_kwargs == dict(v_max=7, **{key: expected[key] for key in expected.keys() - {*UNSAMPLED, "v_max"}})
+
+
+def test_the_first_trial_of_another_algorithm(tmp_path: Path) -> None:
+    """Its number is 0. Keyword arguments are replaced, as in rl_zoo3."""
+    (tmp_path / "own.yml").write_text("default: {policy: MlpPolicy, n_timesteps: 9, policy_kwargs: 'dict(log_std_init=-3)'}")
+    storage = f"sqlite:///{tmp_path}/study.db"
+    study = optuna.create_study(storage=storage, study_name="own")
+    trial = study.ask()
+    sampled = hyperparams_opt.HYPERPARAMS_SAMPLER["sac"](trial, 1, 1, dict(using_her_replay_buffer=False))
+    study.tell(trial, 0.0)
+    manager = make_manager(tmp_path, algo="sac", storage=storage, study_name="own", trial_id=0)
+    hyperparams, _ = manager.read_hyperparameters()
+    assert hyperparams["policy_kwargs"] == sampled["policy_kwargs"] and hyperparams["gamma"] == sampled["gamma"]
+
+
+# ``-params policy_kwargs:...`` takes the place of the file's, as in rl_zoo3
+UNSAMPLED = ("value_init", "n_critics", "activation_fn")
+
+
+def test_merged_hyperparameters() -> None:
+    below = dict(gamma=0.9, policy_kwargs="dict(a=1, b=nn.ReLU)", replay_buffer_kwargs=dict(c=1), train_freq=4, x=dict(d=1))
+    above = dict(tau=0.1, policy_kwargs=dict(a=2), replay_buffer_kwargs="dict(e=2)", train_freq=[1, "episode"], x=None)
+    expected = dict(gamma=0.9, tau=0.1, policy_kwargs=dict(a=2, b=th.nn.ReLU), replay_buffer_kwargs=dict(c=1, e=2))
+    expected |= dict(train_freq=[1, "episode"], x=None)
+    assert merged(below, above) == expected
+    hyperparameters = Hyperparameters(below)
+    trial = hyperparameters.copy()
+    trial.update(above)
+    assert dict(trial) == expected and dict(hyperparameters) == below
+
+
+def test_going_on_with_a_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Outputs, device and steps are those of the call, hyperparameters and random state those of the run."""
+    (tmp_path / "own.yml").write_text("default: {policy: MlpPolicy, n_timesteps: 60, gamma: 0.5, learning_starts: 0}")
+    run = make_model(MFPO, OwnTask(), seed=3, gamma=0.8, verbose=1)
+    run.learn(20, callback=RunCheckpointCallback(20, tmp_path))
+    # Not the run's: with a model that is no run, rl_zoo3 would load it
+    (tmp_path / "replay_buffer.pkl").write_bytes(b"of another run")
+    manager = make_manager(
+        tmp_path,
+        trained_agent=str(tmp_path / "run_20_steps.zip"),
+        hyperparams=dict(batch_size=100),
+        tensorboard_log=str(tmp_path / "tb"),
+        n_timesteps=30,
+        verbose=0,
+        seed=5,
+    )
+    results = manager.setup_experiment()
+    assert results is not None
+    output = capsys.readouterr().out
+    assert "Going on with the run in" in output and "not applied: -params batch_size\n" in output
+    model: Any = results[0]
+    assert (model.gamma, model.batch_size, model.learning_starts, model.seed) == (0.8, 8, 10, 3)
+    assert model.replay_buffer.size() == 20 and model._n_updates == run._n_updates
+    manager.learn(model)
+    assert model.num_timesteps == 30
+    assert list((tmp_path / "tb" / "Own-v0").rglob("events.out.tfevents.*"))
+    assert capsys.readouterr().out == ""
+
+
+@needs_renderer
+def test_environments_that_render_get_a_renderer(
+    bare: None,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """MuJoCo's, in training and in play; what does not render does not look for one."""
+    (tmp_path / "own.yml").write_text("default: {policy: MlpPolicy, n_timesteps: 10}")
+    silent = make_manager(tmp_path, env_id=TASK)
+    silent.create_envs(1).reset()
+    create_test_env(TASK, should_render=False, hyperparams={})
+    assert "MUJOCO_GL" not in os.environ
+    rendering = make_manager(tmp_path, env_id=TASK, env_kwargs=dict(render_mode="rgb_array"), eval_env_kwargs={})
+
+    def is_rendered(env: VecEnv) -> bool:
+        env.reset()
+        frame = env.render()
+        return frame is not None and frame.std() > 1
+
+    assert is_rendered(rendering.create_envs(1))
+    assert os.environ["MUJOCO_GL"] in ("egl", "osmesa", "glfw")
+    monkeypatch.delenv("MUJOCO_GL")
+    assert is_rendered(create_test_env(TASK, hyperparams=dict(env_kwargs=dict(render_mode="rgb_array"))))
+
+
+def test_own_tasks_of_the_dm_control_namespace_stay_as_they_are() -> None:
+    register_dm_control()
+    gym.register("dm_control/own-task-v0", OwnTask, kwargs=dict(scale=5.0), max_episode_steps=50)
+    try:
+        spec = gym.spec("dm_control/own-task-v0")
+        register()
+        assert gym.spec("dm_control/own-task-v0") is spec
+        env = gym.make("dm_control/own-task-v0")
+        env.reset()
+        steps = [env.step(env.action_space.sample()) for _ in range(50)]
+        assert {reward for _, reward, *_ in steps} == {5.0}
+        assert [truncated for *_, truncated, _ in steps] == [False] * 49 + [True]
+    finally:
+        del gym.registry["dm_control/own-task-v0"]

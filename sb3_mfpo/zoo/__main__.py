@@ -16,6 +16,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from sb3_mfpo.envs import NoRendererError, has_display, register_dm_control
+
 COMMANDS = {
     "train": "rl_zoo3.train",
     "enjoy": "rl_zoo3.enjoy",
@@ -29,6 +31,7 @@ COMMANDS = {
 }
 # These load a model to act with it
 PLAYING = ("enjoy", "record-video", "push-to-hub")
+PLOTTING = ("plot-train", "plot-from-file", "all-plots")
 USAGE = f"""usage: python -m sb3_mfpo.zoo <command> [arguments]
 
 rl_zoo3 (https://rl-baselines3-zoo.readthedocs.io) with --algo mfpo and --algo som. Commands:
@@ -57,7 +60,7 @@ def main() -> None:
         if command not in COMMANDS:
             raise UserError(f"unknown command {command!r}, choose from {', '.join(COMMANDS)}, doctor")
         run(command, sys.argv[2:])
-    except UserError as error:
+    except (UserError, NoRendererError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -74,54 +77,93 @@ def run(command: str, arguments: list[str]) -> None:
         import rl_zoo3  # noqa: F401
     except ImportError as error:
         raise UserError(f"rl_zoo3 cannot be imported ({error}): install `sb3-mfpo[zoo]`") from error
-    options = parse(arguments)
-    helping = "-h" in arguments or "--help" in arguments
-    if options.env.startswith("dm_control/"):
-        from sb3_mfpo.envs import register_dm_control
+    from sb3_mfpo.zoo.registration import register
 
-        try:
-            register_dm_control()
-        except ImportError as error:
-            raise UserError(str(error)) from error
-
-    from sb3_mfpo.zoo.registration import ALGORITHMS, hyperparameter_file, register
-
-    for package in options.gym_packages:
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise UserError(f"--gym-packages {package}: {error}") from error
     register(playing=command in PLAYING)
-    if command == "train" and not helping:
-        check_task(options.env)
-        if options.conf_file is None and options.algo in ALGORITHMS:
-            options.conf_file = str(hyperparameter_file(options.algo))
-            arguments = [*arguments, "--conf-file", options.conf_file]
-        check_hyperparameters(options)
-
-    sys.argv = [f"sb3_mfpo.zoo {command}", *arguments]
-    if command in ("record-video", "record-training") and not helping:
-        choose_renderer()
-    if command == "record-training":
-        provide_ffmpeg()
-        # It calls `python -m rl_zoo3.record_video`, which does not know our algorithms
-        subprocess.call = record_video_with_us  # type: ignore[assignment]
-    if command in ("plot-train", "plot-from-file", "all-plots"):
+    if command in PLOTTING:
         save_figures_without_a_display()
+    sys.argv = [f"sb3_mfpo.zoo {command}", *arguments]
+    read_arguments = argparse.ArgumentParser.parse_args
+
+    def read_and_prepare(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
+        # The first parser is the command's; what it calls may have others
+        argparse.ArgumentParser.parse_args = read_arguments  # type: ignore[method-assign]
+        try:
+            options = read_arguments(parser, *args, **kwargs)
+        except Exception as error:
+            raise UserError(
+                f"arguments cannot be read ({one_line(error)}): values of name:value are Python, strings need quotes of "
+                "their own, as in policy:\"'CnnPolicy'\""
+            ) from error
+        prepare(command, options)
+        return options
+
+    argparse.ArgumentParser.parse_args = read_and_prepare  # type: ignore[method-assign,assignment]
     with warnings.catch_warnings():
         # The package of the plots imports them
         warnings.filterwarnings("ignore", message=".*found in sys.modules", category=RuntimeWarning)
         runpy.run_module(COMMANDS[command], run_name="__main__")
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    """What we have to know of rl_zoo3's arguments."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--algo", default="ppo")
-    parser.add_argument("--env", default="CartPole-v1")
-    parser.add_argument("-conf", "--conf-file")
-    parser.add_argument("--gym-packages", nargs="+", default=[])
-    return parser.parse_known_args(arguments)[0]
+def prepare(command: str, options: argparse.Namespace) -> None:
+    """
+    Get ready what a command needs.
+
+    :param command: One of ``COMMANDS``
+    :param options: Its arguments as rl_zoo3 has read them; changed where we know better
+    :raises UserError: If something is missing or wrong that can be seen beforehand
+    """
+    if command == "record-training":
+        provide_ffmpeg()
+        # It calls `python -m rl_zoo3.record_video`, which does not know our algorithms
+        subprocess.call = record_video_with_us  # type: ignore[assignment]
+    if command == "train" or command in PLAYING:
+        # rl_zoo3 has another type for it in all commands but `train`
+        env_id = getattr(options.env, "gym_id", options.env)
+        register_task(env_id, getattr(options, "gym_packages", []))
+    if command == "enjoy" and not options.no_render and not has_display():
+        print("No display: nothing is shown, as with --no-render")
+        options.no_render = True
+    if command == "train":
+        from sb3_mfpo.zoo.registration import ALGORITHMS, hyperparameter_file
+
+        check_task(options.env)
+        if options.conf_file is None and options.algo in ALGORITHMS:
+            options.conf_file = str(hyperparameter_file(options.algo))
+        if options.conf_file is not None:
+            check_hyperparameters(options)
+        check_origin(options)
+
+
+def one_line(error: BaseException) -> str:
+    """
+    :param error: An error
+    :return: Its kind and message
+    """
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def register_task(env_id: str, packages: list[str]) -> None:
+    """
+    :param env_id: Gymnasium id
+    :param packages: Names of packages that register tasks
+    :raises UserError: If one of the packages, or what the task needs, cannot be imported
+    """
+    import gymnasium as gym
+
+    from sb3_mfpo.zoo.registration import ready_dm_control
+
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise UserError(f"--gym-packages {package}: {error}") from error
+    if env_id.startswith("dm_control/") and env_id not in gym.registry:
+        try:
+            register_dm_control()
+        except ImportError as error:
+            raise UserError(str(error)) from error
+    ready_dm_control()
 
 
 def check_task(env_id: str) -> None:
@@ -146,19 +188,52 @@ def check_task(env_id: str) -> None:
 
 def check_hyperparameters(options: argparse.Namespace) -> None:
     """
-    :param options: Of ``train``
-    :raises UserError: If the file of hyperparameters cannot be read, or has nothing for the task
+    :param options: Of ``train``, with a ``conf_file``
+    :raises UserError: If it cannot be read, or has nothing usable for the task
     """
-    import yaml
+    from rl_zoo3.exp_manager import ExperimentManager
 
-    if options.conf_file is None or not options.conf_file.endswith((".yml", ".yaml")):
-        return
+    label = f"--conf-file {options.conf_file}"
     try:
-        content = yaml.safe_load(Path(options.conf_file).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"--conf-file {options.conf_file}: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict) or not content.keys() & {options.env, "default"}:
-        raise UserError(f"--conf-file {options.conf_file}: neither {options.env} nor `default` is in it")
+        content = read_hyperparameters(options.conf_file)
+    # A Python file may do anything
+    except Exception as error:
+        raise UserError(f"{label}: {one_line(error)}") from error
+    names = [options.env, *(["atari"] if ExperimentManager.is_atari(options.env) else []), "default"]
+    name = next((name for name in names if name in content), None) if isinstance(content, dict) else None
+    if name is None:
+        raise UserError(f"{label}: neither {' nor '.join(f'`{name}`' for name in names)} is in it")
+    if not isinstance(content[name], dict):
+        raise UserError(f"{label}: `{name}` must be a mapping of hyperparameters to values, not {content[name]!r}")
+    for needed in ("n_timesteps", "policy"):
+        if needed not in {**content[name], **(options.hyperparams or {})}:
+            raise UserError(f"{label}: `{name}` has no `{needed}`")
+
+
+def read_hyperparameters(conf_file: str) -> Any:
+    """
+    :param conf_file: As rl_zoo3 takes it: a YAML file, a Python file, or the name of a module
+    :return: The hyperparameters by task
+    """
+    if conf_file.endswith((".yml", ".yaml")):
+        import yaml
+
+        return yaml.safe_load(Path(conf_file).read_text())
+    if conf_file.endswith(".py"):
+        return runpy.run_path(conf_file)["hyperparams"]
+    return importlib.import_module(conf_file).hyperparams
+
+
+def check_origin(options: argparse.Namespace) -> None:
+    """
+    :param options: Of ``train``
+    :raises UserError: If the model, or the trial, to begin with cannot be there
+    """
+    agent = options.trained_agent
+    if agent and not (agent.endswith(".zip") and Path(agent).is_file()):
+        raise UserError(f"--trained-agent {agent}: there is no such .zip file")
+    if options.trial_id is not None and not (options.storage and options.study_name):
+        raise UserError(f"--trial-id {options.trial_id}: also give --storage and --study-name of the trial's study")
 
 
 def record_video_with_us(command: list[str], *args: Any, **kwargs: Any) -> int:
@@ -187,22 +262,6 @@ def provide_ffmpeg() -> None:
     atexit.register(folder.cleanup)
     os.symlink(executable, Path(folder.name) / "ffmpeg")
     os.environ["PATH"] = f"{folder.name}{os.pathsep}{os.environ['PATH']}"
-
-
-def choose_renderer() -> None:
-    """
-    Where no window can be opened, let MuJoCo render with what works.
-
-    :raises UserError: If nothing does
-    """
-    if "MUJOCO_GL" in os.environ or "DISPLAY" in os.environ or sys.platform != "linux":
-        return
-    from sb3_mfpo.zoo.doctor import NO_RENDERER, find_renderer
-
-    renderer = find_renderer()
-    if renderer is None:
-        raise UserError(NO_RENDERER)
-    os.environ["MUJOCO_GL"] = renderer
 
 
 def save_figures_without_a_display() -> None:

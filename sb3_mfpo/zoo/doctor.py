@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 
 import torch as th
+
+from sb3_mfpo.envs import NO_RENDERER, find_renderer
 
 PACKAGES = {
     "": ("sb3-mfpo", "stable-baselines3", "torch", "gymnasium", "numpy"),
@@ -17,16 +17,6 @@ PACKAGES = {
     "dmc": ("dm_control", "shimmy"),
     "zoo": ("rl_zoo3", "sb3-contrib", "optuna", "seaborn", "rliable", "moviepy"),
 }
-NO_RENDERER = "No offscreen rendering: install an EGL driver (`apt install libegl1 libgl1-mesa-dri`); only videos need it."
-RENDER = """
-import mujoco
-model = mujoco.MjModel.from_xml_string("<mujoco><worldbody><geom size='1'/></worldbody></mujoco>")
-data = mujoco.MjData(model)
-mujoco.mj_forward(model, data)
-renderer = mujoco.Renderer(model, 32, 32)
-renderer.update_scene(data)
-assert renderer.render().shape == (32, 32, 3)
-"""
 
 
 def doctor() -> int:
@@ -162,19 +152,3 @@ def too_many_threads(threads: int, cores: int) -> list[str]:
     if threads > cores:
         return [f"PyTorch uses {threads} threads on {cores} cores, which is slow: `export OMP_NUM_THREADS={cores}`."]
     return []
-
-
-def find_renderer() -> str | None:
-    """
-    :return: The first of MUJOCO_GL, egl, osmesa and glfw that renders, tried in processes of their own
-    """
-    chosen = os.environ.get("MUJOCO_GL")
-    for name in ([chosen] if chosen else []) + ["egl", "osmesa", "glfw"]:
-        environment = {**os.environ, "MUJOCO_GL": name}
-        try:
-            run = subprocess.run([sys.executable, "-c", RENDER], env=environment, capture_output=True, timeout=60)
-        except subprocess.TimeoutExpired:
-            continue
-        if run.returncode == 0:
-            return name
-    return None

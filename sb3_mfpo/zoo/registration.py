@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
-from rl_zoo3 import hyperparams_opt, utils
+import rl_zoo3
+from rl_zoo3 import exp_manager, hyperparams_opt, utils
 from stable_baselines3.common.base_class import BaseAlgorithm
 
-from sb3_mfpo import MFPO, SOM
 from sb3_mfpo.common.off_policy import FlowAlgorithm
-from sb3_mfpo.envs import ready_spec
-from sb3_mfpo.runs.checkpoint import is_run
-from sb3_mfpo.zoo import search_space
-
-ALGORITHMS: dict[str, type[FlowAlgorithm]] = {"mfpo": MFPO, "som": SOM}
+from sb3_mfpo.envs import is_of_shimmy, ready_spec
+from sb3_mfpo.zoo import manager, search_space
+from sb3_mfpo.zoo.manager import ALGORITHMS
 
 
 def hyperparameter_file(algorithm: str) -> Path:
@@ -29,21 +27,28 @@ def hyperparameter_file(algorithm: str) -> Path:
 
 def register(playing: bool = False) -> None:
     """
-    Add our algorithms to rl_zoo3's registry, samplers and converters, and make the DeepMind Control tasks that are registered
-    ready for its policies.
+    Add our algorithms to rl_zoo3's registry, samplers and converters, let its experiments be those of
+    :mod:`sb3_mfpo.zoo.manager`, and make the DeepMind Control tasks that are registered ready for its policies.
 
-    ``train -i`` with a checkpoint of a run goes on with that run.
+    Call it before anything is imported from ``rl_zoo3.exp_manager`` or ``rl_zoo3.train``.
 
     :param playing: Whether models will be loaded only to act: they then get a replay buffer of a single transition. rl_zoo3
         does so for the off-policy algorithms in lists within its functions, which cannot be extended.
     """
     for name, algorithm in ALGORITHMS.items():
-        utils.ALGOS[name] = _without_memory(algorithm) if playing else _resuming(algorithm)
+        utils.ALGOS[name] = _without_memory(algorithm) if playing else algorithm
         hyperparams_opt.HYPERPARAMS_SAMPLER[name] = getattr(search_space, f"sample_{name}_params")
         hyperparams_opt.HYPERPARAMS_CONVERTER[name] = getattr(search_space, f"convert_{name}_params")
+    exp_manager.ExperimentManager = manager.Manager  # type: ignore[misc]
+    rl_zoo3.create_test_env = utils.create_test_env = manager.create_test_env
     _mend_push_to_hub()
+    ready_dm_control()
+
+
+def ready_dm_control() -> None:
+    """Make the DeepMind Control tasks of shimmy that are registered ready for rl_zoo3's policies."""
     for env_id, spec in gym.registry.items():
-        if env_id.startswith("dm_control/"):
+        if is_of_shimmy(spec):
             gym.registry[env_id] = ready_spec(spec)
 
 
@@ -53,17 +58,6 @@ def _mend_push_to_hub() -> None:
     push_to_hub: Any = importlib.import_module("huggingface_sb3.push_to_hub")
     if not hasattr(push_to_hub, "generate_metadata"):
         push_to_hub.generate_metadata = lambda *args: push_to_hub._generate_metadata(*args).to_dict()
-
-
-def _resuming(algorithm: type[FlowAlgorithm]) -> type[FlowAlgorithm]:
-    class Resuming(algorithm):  # type: ignore[misc,valid-type]
-        @classmethod
-        def load(cls, path: Any, env: Any = None, device: Any = "auto", **kwargs: Any) -> BaseAlgorithm:
-            # A run goes on with its own hyperparameters, not those of the file
-            return algorithm.resume(path, env, device) if is_run(path) else algorithm.load(path, env, device, **kwargs)
-
-    Resuming.__name__ = algorithm.__name__
-    return Resuming
 
 
 def _without_memory(algorithm: type[FlowAlgorithm]) -> type[FlowAlgorithm]:

@@ -1,0 +1,141 @@
+"""What rl_zoo3 does with an experiment, where it is not what our algorithms need."""
+
+from __future__ import annotations
+
+import copy
+import operator
+import sys
+from contextlib import redirect_stdout
+from io import StringIO
+from typing import Any
+
+import gymnasium as gym
+from gymnasium.envs.registration import load_env_creator
+from rl_zoo3 import exp_manager, utils
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_mfpo import MFPO, SOM
+from sb3_mfpo.common.off_policy import FlowAlgorithm
+from sb3_mfpo.envs import NoRendererError, choose_renderer, renders_offscreen
+from sb3_mfpo.runs.checkpoint import is_run
+
+ALGORITHMS: dict[str, type[FlowAlgorithm]] = {"mfpo": MFPO, "som": SOM}
+Original = exp_manager.ExperimentManager
+original_create_test_env = utils.create_test_env
+
+
+class Hyperparameters(dict):
+    """Hyperparameters of a file, which those of a trial are added to as ``merged`` says."""
+
+    def copy(self) -> Hyperparameters:
+        return Hyperparameters(self)
+
+    def update(self, sampled: dict[str, Any]) -> None:  # type: ignore[override]
+        super().update(merged(self, sampled))
+
+
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """
+    :param below: Hyperparameters in rl_zoo3's format
+    :param above: Others that go before them
+    :return: All; where both have keyword arguments such as ``policy_kwargs``, those of either, as a dictionary
+    """
+    result = {**below, **above}
+    for name in below.keys() & above.keys():
+        if isinstance(below[name], dict) or isinstance(above[name], dict):
+            first, second = _evaluated(below[name]), _evaluated(above[name])
+            if isinstance(first, dict) and isinstance(second, dict):
+                result[name] = {**first, **second}
+    return result
+
+
+def _evaluated(value: Any) -> Any:
+    # As rl_zoo3 does, with the names that it knows
+    return eval(value, vars(exp_manager)) if isinstance(value, str) else value
+
+
+class Manager(Original):
+    """
+    rl_zoo3's experiment, but:
+
+    - A trial of our algorithms sets the keyword arguments that it has sampled, and leaves the others as the file has them, in
+      the search and with ``--trial-id``.
+    - A checkpoint of a run (``-i``) goes on with that run.
+    - Environments that render get a renderer that works, and those of evaluations also the ``env_kwargs`` of the file.
+    """
+
+    def setup_experiment(self) -> tuple[BaseAlgorithm, dict[str, Any]] | None:
+        results = super().setup_experiment()
+        if self.algo in ALGORITHMS:
+            self._hyperparams = Hyperparameters(self._hyperparams)
+        return results
+
+    def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        # rl_zoo3 would ignore the first trial, whose number is 0
+        if self.trial_id is not None and self.storage and self.study_name:
+            base = copy.copy(self)
+            base.trial_id = None
+            with redirect_stdout(StringIO()):
+                hyperparams, _ = base.read_hyperparameters()
+            print(f"With hyperparameters of trial {self.trial_id} of the study {self.study_name}")
+            sampled = self.load_trial(self.storage, self.study_name, self.trial_id)
+            merge = merged if self.algo in ALGORITHMS else operator.or_
+            # Those of the command line go before those of the trial
+            self.custom_hyperparams = merge(merge(hyperparams, sampled), self.custom_hyperparams or {})
+            self.trial_id = None
+        return super().read_hyperparameters()
+
+    def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
+        if self._eval_env_kwargs_args is None:
+            # rl_zoo3 leaves out those of the file
+            self.eval_env_kwargs = self.env_kwargs
+        choose_renderer_for(self.env_name.gym_id, self.eval_env_kwargs if eval_env else self.env_kwargs)
+        return super().create_envs(n_envs, eval_env, no_log)
+
+    def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: VecEnv) -> BaseAlgorithm:
+        if self.algo not in ALGORITHMS or not is_run(self.trained_agent):
+            return super()._load_pretrained_agent(hyperparams, env)
+        not_applied = sorted((self.custom_hyperparams or {}).keys() & hyperparams.keys())
+        print(
+            f"Going on with the run in {self.trained_agent}, with its own hyperparameters and random state"
+            + (f"; not applied: -params {', '.join(not_applied)}" if not_applied else "")
+        )
+        return ALGORITHMS[self.algo].resume(
+            self.trained_agent, env, self.device, tensorboard_log=self.tensorboard_log, verbose=self.verbose
+        )
+
+
+def create_test_env(env_id: str, *args: Any, **kwargs: Any) -> VecEnv:
+    """
+    rl_zoo3's function of this name, but with a renderer that works, and with ``env_kwargs`` of the hyperparameters, which
+    rl_zoo3 leaves out in videos.
+
+    :param env_id: Gymnasium id
+    :param args: rl_zoo3's
+    :param kwargs: rl_zoo3's
+    :return: The environment
+    """
+    in_file = (kwargs.get("hyperparams") or {}).get("env_kwargs") or {}
+    kwargs["env_kwargs"] = {**in_file, **(kwargs.get("env_kwargs") or {})}
+    choose_renderer_for(env_id, kwargs["env_kwargs"])
+    return original_create_test_env(env_id, *args, **kwargs)
+
+
+def choose_renderer_for(env_id: str, env_kwargs: dict[str, Any]) -> None:
+    """
+    :param env_id: Gymnasium id
+    :param env_kwargs: Of an environment; one of DeepMind Control also chooses itself, when it is made
+    :raises NoRendererError: If MuJoCo is asked for images and nothing renders
+    """
+    if not renders_offscreen(env_kwargs.get("render_mode")):
+        return
+    entry_point = gym.spec(env_id).entry_point
+    if isinstance(entry_point, str):
+        load_env_creator(entry_point)
+    try:
+        choose_renderer()
+    except NoRendererError:
+        # Others, such as classic control, do not need it
+        if "mujoco" in sys.modules:
+            raise
