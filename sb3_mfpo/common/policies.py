@@ -473,7 +473,7 @@ class FlowPolicy(BasePolicy):
             return candidates.squeeze(1)
         q_values = self.critic_target.q_values(self.critic_target.encode(observation).unsqueeze(1), candidates)
         best = reduce_values(q_values, self.critic_reduction).argmax(dim=1)
-        return candidates.take_along_dim(best[:, None, None], dim=1).squeeze(1)
+        return candidates.gather(1, best[:, None, None].expand(-1, -1, candidates.shape[2])).squeeze(1)
 
     def save_weights(self, path: str | Path) -> None:
         """
