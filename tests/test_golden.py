@@ -28,7 +28,7 @@ from sb3_mfpo.common import categorical, importance, mean_flow
 from sb3_mfpo.common.categorical import reduce_values
 from sb3_mfpo.common.divergence import exact_divergence, hutchinson_divergence
 from sb3_mfpo.common.score import linear_path
-from sb3_mfpo.common.torch_layers import FlowMLP, MultiInputMLP, fourier_features
+from sb3_mfpo.common.torch_layers import FlowMLP, MultiInputMLP, embed_grid
 from sb3_mfpo.mfpo import mfpo as mfpo_module
 from sb3_mfpo.mfpo.mfpo import FlowDraws, GradientStepDraws
 from tests.helpers import RandomEnv
@@ -161,11 +161,11 @@ def forward_passes(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
     model = golden_model()
     actor, out = model.actor.network, {}
     for kind, embedding in {"t": actor.time_embedding, "h": actor.length_embedding}.items():
-        out[f"fwd/actor/fourier_{kind}"] = fourier_features(g[f"fwd/{kind}"], embedding.frequencies)
+        out[f"fwd/actor/fourier_{kind}"] = embedding.fourier_features(g[f"fwd/{kind}"])
         out[f"fwd/actor/embed_{kind}"] = embedding(g[f"fwd/{kind}"])
-    inputs = model.actor.encode(g["fwd/obs"]), g["fwd/act"], g["fwd/t"], g["fwd/h"]
-    out["fwd/actor/u"] = model.actor(*inputs)
-    out["fwd/adn/out"] = model.divergence(*inputs)
+    features = model.actor.encode(g["fwd/obs"])
+    for name, network in {"actor/u": model.actor, "adn/out": model.divergence}.items():
+        out[f"fwd/{name}"] = network(features, g["fwd/act"], network.embed(g["fwd/t"], g["fwd/h"]))
     for prefix, critic in {"critic": model.critic, "target_critic": model.critic_target}.items():
         features = critic.encode(g["fwd/obs"])
         for i in range(2):
@@ -184,8 +184,10 @@ def sampling(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
     out = {"sample/noise_logp": mean_flow.standard_normal_log_prob(noise)}
     for steps in {int(name.split("/")[1][1:]) for name in g if re.match(r"sample/T\d+/", name)}:
         policy.sampling_steps = steps
-        velocity = policy.actor.network.on_grid(features, policy.time_shares()[0])
-        before_clip, _ = mean_flow.few_step_sample(velocity, noise, policy.sampling_times)
+        intervals = embed_grid(policy.actor, policy.sampling_times)
+        before_clip, _ = mean_flow.few_step_sample(
+            lambda actions, k, intervals=intervals: policy.actor(features, actions, intervals[k]), noise, policy.sampling_times
+        )
         out[f"sample/T{steps}/action_preclip"] = before_clip
         out[f"sample/T{steps}/action"], out[f"sample/T{steps}/logp"] = policy.sample(features, noise)
     return out
@@ -339,9 +341,9 @@ def actor_loss(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
     model, out = golden_model(n_equal=count_equal(t, r)), {}
     features = model.actor.encode(g["batch/obs"])
     with th.no_grad():
-        out["meanflow/u_pred"] = model.actor(features, noisy, t, t - r)
+        out["meanflow/u_pred"] = model.actor(features, noisy, model.actor.embed(t, t - r))
     velocity = g["snis/cdq/velocity"]
-    _, push_forward = model.actor.network.linearize(features, noisy, t, t - r)
+    _, push_forward = model.actor.linearize(features, noisy, t, t - r)
     out["meanflow/du_dt"] = push_forward(velocity, th.ones_like(t))
     out["meanflow/target"] = mean_flow.mean_flow_target(velocity, t - r, g["meanflow/du_dt"])
     out["meanflow/loss_per_row"] = (g["meanflow/u_pred"] - g["meanflow/target"]).square().mean(dim=1)
@@ -372,7 +374,7 @@ def adn_loss(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
         out["adn_loss/probe_jvp"] = products.transpose(0, 1)
         out["adn_loss/divergence"] = hutchinson_divergence(probes, products)
         out["adn_loss/divergence_exact"] = exact_divergence(jacobian_product, noisy)
-        out["adn_loss/pred"] = model.divergence(features, noisy, t, t - r)
+        out["adn_loss/pred"] = model.divergence(features, noisy, model.divergence.embed(t, t - r))
         velocity, divergence = g["adn_loss/velocity"], g["adn_loss/divergence"]
         _, push_forward = model.divergence.linearize(features, noisy, t, t - r)
         out["adn_loss/du_dt"] = push_forward(velocity, th.ones_like(t))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch as th
@@ -10,6 +12,7 @@ from torch import nn
 
 from sb3_mfpo import MFPO
 from sb3_mfpo.common.mean_flow import few_step_sample
+from sb3_mfpo.common.torch_layers import embed_grid
 from tests.helpers import RandomEnv, make_model
 
 
@@ -43,6 +46,11 @@ def test_log_probabilities_are_public() -> None:
     assert th.equal(first[0], second[0]) and th.equal(first[1], second[1])
 
 
+def at_state(network: Any, features: th.Tensor, times: th.Tensor) -> Callable[[th.Tensor, int], th.Tensor]:
+    intervals = embed_grid(network, times)
+    return lambda actions, k: network(features, actions, intervals[k])
+
+
 def test_log_probability_integrates_to_one_with_exact_divergence() -> None:
     """
     A fine solve with the exact divergence is a normalised density: E_pi[q / pi] = 1 for any density q, here N(0, 0.5^2)
@@ -56,10 +64,8 @@ def test_log_probability_integrates_to_one_with_exact_divergence() -> None:
     noise = th.randn(n, 2, generator=th.Generator().manual_seed(0))
     features = policy.actor.encode(th.zeros(1, 3))
     with th.no_grad():
-        velocity, divergence = (
-            network.on_grid(features, shares)
-            for network, shares in zip((policy.actor.network, policy.divergence), policy.time_shares(), strict=True)
-        )
+        networks = (policy.actor, policy.divergence)
+        velocity, divergence = (at_state(network, features, policy.sampling_times) for network in networks)
         actions, log_prob = few_step_sample(velocity, noise, policy.sampling_times, divergence)
     reference = th.distributions.Normal(0.0, 0.5).log_prob(actions).sum(-1)
     ratio = (reference - log_prob).exp()
@@ -68,8 +74,8 @@ def test_log_probability_integrates_to_one_with_exact_divergence() -> None:
 
 def test_flow_matching_ignores_the_interval() -> None:
     model = make_model(MFPO, policy_kwargs=dict(actor_type="flow_matching"))
-    features, actions, t = th.randn(4, 3), th.randn(4, 2), th.rand(4, 1)
-    assert th.equal(model.actor(features, actions, t, t), model.actor(features, actions, t, 0 * t))
+    t = th.rand(4, 1)
+    assert th.equal(model.actor.embed(t, t), model.actor.embed(t, 0 * t))
     draws = model._draw(8)
     assert (draws.actor.t == draws.actor.r).all()
     assert (draws.divergence.t[6:] > draws.divergence.r[6:]).all()
@@ -81,8 +87,9 @@ def test_without_divergence_network_nothing_of_it_is_trained() -> None:
     assert "divergence.optimizer" not in model.get_parameters()
     # d = 2: the exact trace by automatic differentiation of the velocity itself
     features, point, t = th.randn(1, 3), th.randn(1, 2), th.full((1, 1), 0.6)
-    jacobian = th.autograd.functional.jacobian(lambda a: model.actor(features, a, t, th.zeros_like(t))[0], point)[:, 0]
-    assert th.allclose(model.divergence(features, point, t, t).squeeze(), jacobian.trace(), atol=1e-5)
+    interval = model.actor.embed(t, th.zeros_like(t))
+    jacobian = th.autograd.functional.jacobian(lambda a: model.actor(features, a, interval)[0], point)[:, 0]
+    assert th.allclose(model.divergence(features, point, t).squeeze(), jacobian.trace(), atol=1e-5)
 
 
 def test_temperature_is_saved_learned_or_fixed() -> None:
@@ -100,5 +107,6 @@ def test_a_copy_follows_its_own_actor(divergence_type: str) -> None:
         parameter.data.mul_(2)
     assert th.equal(model.policy.action_log_prob(obs, noise)[1], before)
     features, point, t = th.randn(1, 3), th.randn(1, 2), th.full((1, 1), 0.5)
-    changed = not th.equal(model.divergence(features, point, t, t), twin.divergence(features, point, t, t))
+    first, second = (network(features, point, network.embed(t, t)) for network in (model.divergence, twin.divergence))
+    changed = not th.equal(first, second)
     assert changed == (divergence_type == "exact")

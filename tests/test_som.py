@@ -35,7 +35,9 @@ def test_an_action_takes_one_evaluation(deterministic: bool, rows: int) -> None:
     model = make_model(SOM).learn(12)
     batches: dict[str, list[int]] = {"actor": [], "critic": []}
     for name, network in (("actor", model.actor.network.mlp), ("critic", model.critic_target.q_networks[0])):
-        network.body.register_forward_hook(lambda module, inputs, output, name=name: batches[name].append(len(output)))
+        network.body.register_forward_hook(
+            lambda module, inputs, output, name=name: batches[name].append(output[..., 0].numel())
+        )
     model.predict(model.observation_space.sample(), deterministic=deterministic)
     assert batches == {"actor": [rows], "critic": [rows] if deterministic else []}
 
@@ -45,7 +47,7 @@ def test_one_step_is_noise_minus_velocity() -> None:
     features, noise = th.randn(5, 3), 0.1 * th.randn(5, 2)
     one = th.ones(5, 1)
     with th.no_grad():
-        expected = (noise - model.actor(features, noise, one, one)).clamp(-1, 1)
+        expected = (noise - model.actor(features, noise, model.actor.embed(one, one))).clamp(-1, 1)
         assert th.allclose(model.policy.act(features, noise), expected, atol=1e-6)
 
 
@@ -104,20 +106,20 @@ VARIANTS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("kwargs", VARIANTS, ids=str)
 def test_the_loss_is_that_of_the_equations(kwargs: dict[str, Any]) -> None:
-    """Written straight from them: no shared shares, derivatives by ``th.func.jvp``, estimates sample by sample."""
+    """Written straight from them: derivatives by ``th.func.jvp``, estimates sample by sample."""
     model = make_model(SOM, seed=0, inverse_temperature=2.0, **kwargs)
     observations = th.randn(8, 3)
     th.manual_seed(1)
     draws = model._draw(8)
-    with th.no_grad():
-        time_shares = model.actor.network.time_shares(model.policy.sampling_times)
-    loss, _ = model._actor_loss(observations, draws, time_shares)
+    loss, _ = model._actor_loss(observations, draws)
 
     t, r, noise = draws.flow
     path, velocity_of = PATHS[model.path]
     signal, sigma = path(t)
     one = th.ones(8, 1)
-    actions = (draws.policy_noise - model.actor(observations, draws.policy_noise, one, one)).clamp(-1, 1).detach()
+    actions = (
+        (draws.policy_noise - model.actor(observations, draws.policy_noise, model.actor.embed(one, one))).clamp(-1, 1).detach()
+    )
     noisy = signal * actions + sigma * noise
     if model.score_estimator == "gradient":
         proposals = (noisy[:, None] - sigma[:, None] * draws.proposals) / signal[:, None]
@@ -137,7 +139,7 @@ def test_the_loss_is_that_of_the_equations(kwargs: dict[str, Any]) -> None:
     velocity = velocity_of(noisy, scores, t).detach()
 
     def average(noisy: th.Tensor, t: th.Tensor) -> th.Tensor:
-        return model.actor(observations, noisy, t, t - r)
+        return model.actor(observations, noisy, model.actor.embed(t, t - r))
 
     output, derivative = th.func.jvp(average, (noisy, t), (velocity, one))
     errors = output - (velocity - (t - r) * derivative).detach()

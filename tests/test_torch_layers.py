@@ -7,11 +7,9 @@ import pytest
 import torch as th
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import prune
 
 from sb3_mfpo.common import torch_layers
-from sb3_mfpo.common.torch_layers import FlowMLP, MultiInputMLP, TanhGELU, call, fourier_features, in_chunks
-from tests.helpers import Algorithm, make_model
+from sb3_mfpo.common.torch_layers import FlowMLP, MultiInputMLP, TanhGELU, TimeEmbedding, embed_grid, in_chunks
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -58,6 +56,10 @@ def test_chunks_are_not_cut_where_a_gradient_is_needed() -> None:
     assert th.allclose(points.grad, 2 * points)
 
 
+def plain_call(network: FlowMLP, features: th.Tensor, actions: th.Tensor, t: th.Tensor, length: th.Tensor) -> th.Tensor:
+    return network(features, actions, network.embed(t, length))
+
+
 ACTIVATIONS = [TanhGELU, nn.Tanh, nn.PReLU, lambda: nn.GELU(approximate="tanh"), lambda: nn.ELU(inplace=True)]
 
 
@@ -77,18 +79,18 @@ def test_tangents_are_those_of_forward_mode(
     velocity, probes = th.randn(4, 3).double(), th.randn(2, 9, 3).double()
 
     output, push_forward = network.linearize(features, actions, t, length)
-    assert output.requires_grad and th.allclose(output, network(features, actions, t, length), atol=1e-12)
+    assert output.requires_grad and th.allclose(output, plain_call(network, features, actions, t, length), atol=1e-12)
     rows = slice(5, None)
     along = push_forward(velocity, one, rows=rows)
     _, expected = th.func.jvp(
-        lambda a, t, length: network(features[rows], a, t, length),
+        lambda a, t, length: plain_call(network, features[rows], a, t, length),
         (actions[rows], t[rows], length[rows]),
         (velocity, one, one),
     )
     assert not along.requires_grad and th.allclose(along, expected, atol=1e-12)
     products = push_forward(probes)
     for probe, product in zip(probes, products, strict=True):
-        _, expected = th.func.jvp(lambda a: network(features, a, t, length), (actions,), (probe,))
+        _, expected = th.func.jvp(lambda a: plain_call(network, features, a, t, length), (actions,), (probe,))
         assert th.allclose(product, expected, atol=1e-12)
 
 
@@ -97,7 +99,7 @@ def test_the_linearised_output_has_the_gradient_of_forward() -> None:
     th.manual_seed(0)
     network = FlowMLP(4, 3, 2, [16, 12], TanhGELU, True, 8, 6, instantaneous=False)
     inputs = th.randn(9, 4), th.randn(9, 3), th.rand(9, 1), th.rand(9, 1)
-    network(*inputs).square().sum().backward()
+    plain_call(network, *inputs).square().sum().backward()
     expected = [parameter.grad for parameter in network.parameters()]
     network.zero_grad()
     output, push_forward = network.linearize(*inputs)
@@ -119,92 +121,10 @@ def test_points_of_one_state_have_tangents_of_their_own() -> None:
 def test_a_grid_of_times_is_the_network_step_by_step() -> None:
     network = FlowMLP(4, 3, 2, [16, 12], TanhGELU, True, 8, 6, instantaneous=False)
     features, actions, times = th.randn(5, 1, 4), th.randn(5, 7, 3), th.tensor([1.0, 0.7, 0.3, 0.0])
-    average = network.on_grid(features, network.time_shares(times))
-    for k, (t, r) in enumerate([(1.0, 0.7), (0.7, 0.3), (0.3, 0.0)]):
-        expected = network(features, actions, th.tensor([t]), th.tensor([t - r]))
-        assert th.allclose(average(actions, k), expected, atol=1e-5)
-
-
-def test_layers_with_hooks_are_called_as_modules() -> None:
-    """Otherwise their calls are taken apart; pruning works by hooks, too."""
-    layers = nn.Sequential(nn.LayerNorm(4), TanhGELU(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
-    x, seen = th.randn(5, 4), []
-    assert th.equal(call(layers, x), layers(x))
-    for layer in (layers, layers[0], layers[1], layers[4]):
-        layer.register_forward_hook(lambda module, inputs, output: seen.append(module))
-    call(layers, x)
-    assert seen == [layers[0], layers[1], layers[4], layers]
-    prune.l1_unstructured(layers[2], "weight", 0.5)
-    assert th.equal(call(layers, x), layers(x))
-
-
-def fused_step(network: FlowMLP) -> None:
-    optimizer = th.optim.Adam(network.parameters(), lr=0.1, fused=True)
-    for parameter in network.parameters():
-        parameter.grad = th.ones_like(parameter)
-    optimizer.step()
-
-
-def polyak(network: FlowMLP) -> None:
-    for parameter in network.parameters():
-        parameter.data.mul_(0.9).add_(0.01)
-
-
-def load(network: FlowMLP) -> None:
-    network.load_state_dict({name: value + 0.1 for name, value in network.state_dict().items()})
-
-
-def edit(network: FlowMLP) -> None:
-    with th.no_grad():
-        network.length_embedding.mlp[2].weight[3, 2] += 1
-
-
-def replace(network: FlowMLP) -> None:
-    nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(network.parameters()) + 0.1, network.parameters())
-
-
-@pytest.mark.parametrize("change", [fused_step, polyak, load, edit, replace], ids=lambda change: change.__name__)
-def test_what_is_remembered_of_the_times_follows_the_weights(
-    change: Callable[[FlowMLP], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Fused optimizers and writes to `.data` leave no trace in a tensor's version."""
-    network = FlowMLP(4, 3, 2, [16, 12], TanhGELU, True, 8, 6, instantaneous=False)
-    times = th.linspace(1, 0, 3)
-    calls: list[None] = []
-    network.time_embedding.register_forward_hook(lambda *args: calls.append(None))
-    with th.no_grad():
-        for _ in range(3):
-            before = network.remembered_time_shares(times)
-        assert len(calls) == 1
-        change(network)
-        after = network.remembered_time_shares(times)
-        assert len(calls) == 2
-        assert not th.allclose(before, after, atol=1e-3)
-        assert th.equal(after, network.time_shares(times))
-        assert network.remembered_time_shares(th.linspace(1, 0, 5)).shape == (4, 16)
-    assert network.remembered_time_shares(times).requires_grad
-
-
-def test_remembered_times_act_like_new_ones(algorithm: Algorithm) -> None:
-    """On a trained model, before and after training goes on, in a copy, and with other sampling steps."""
-    model = make_model(algorithm).learn(30)
-    observation = th.zeros(4, 3)
-
-    def check(policy) -> None:
-        noise = th.randn(4, 2)
-        features = policy.actor.encode(observation)
-        with th.no_grad():
-            time_shares = policy.actor.network.time_shares(policy.sampling_times)
-            assert th.allclose(policy.act(features, noise), policy.act(features, noise, time_shares), atol=1e-6)
-
-    check(model.policy)
-    check(model.policy)
-    model.learn(10, reset_num_timesteps=False)
-    check(model.policy)
-    model.policy.sampling_steps = 5
-    check(model.policy)
-    model.policy.load_state_dict(make_model(algorithm, seed=3).policy.state_dict())
-    check(model.policy)
+    intervals = embed_grid(network, times)
+    for interval, t, r in zip(intervals, times[:-1], times[1:], strict=True):
+        expected = network(features, actions, network.embed(t.reshape(1), (t - r).reshape(1)))
+        assert th.allclose(network(features, actions, interval), expected, atol=1e-5)
 
 
 def test_gelu_is_the_same_function_on_both_paths() -> None:
@@ -216,8 +136,10 @@ def test_gelu_is_the_same_function_on_both_paths() -> None:
 
 
 def test_fourier_features_are_cosines_then_sines() -> None:
-    features = fourier_features(th.tensor([[0.25]]), th.tensor([0.0, 1.0]))
-    assert th.allclose(features, th.tensor([[1.0, 0.0, 0.0, 1.0]]), atol=1e-6)
+    embedding = TimeEmbedding(4, 3, nn.Tanh)
+    with th.no_grad():
+        embedding.frequencies.copy_(th.tensor([0.0, 1.0]))
+    assert th.allclose(embedding.fourier_features(th.tensor([[0.25]])), th.tensor([[1.0, 0.0, 0.0, 1.0]]), atol=1e-6)
 
 
 def test_initialisation() -> None:

@@ -99,7 +99,8 @@ class Critic(FeaturesModel):
         :param actions: Actions in [-1, 1], shape (..., d)
         :return: Raw outputs, shape (n_critics, ..., output_dim)
         """
-        return th.stack([q_network(features, actions) for q_network in self.q_networks])
+        # Within `autocast` layers return fewer digits
+        return th.stack([q_network(features, actions).to(actions.dtype) for q_network in self.q_networks])
 
     def forward(self, observations: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, ...]:
         """
@@ -120,7 +121,8 @@ class Critic(FeaturesModel):
 
         def values(features: th.Tensor, actions: th.Tensor) -> th.Tensor:
             # The critics come last, so that chunks can be put together along the first dimension
-            return th.stack([self.expected_return(q_network(features, actions)) for q_network in self.q_networks], dim=-1)
+            outputs = (q_network(features, actions).to(actions.dtype) for q_network in self.q_networks)
+            return th.stack([self.expected_return(output) for output in outputs], dim=-1)
 
         return in_chunks(values, features, actions).movedim(-1, 0)
 

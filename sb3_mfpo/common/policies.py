@@ -21,7 +21,7 @@ from sb3_mfpo.common.checks import check_choice, check_integer, check_range
 from sb3_mfpo.common.critics import CategoricalCritic, Critic, FeaturesModel, ScalarCritic
 from sb3_mfpo.common.files import replacing
 from sb3_mfpo.common.mean_flow import few_step_sample
-from sb3_mfpo.common.torch_layers import FlowMLP, TanhGELU
+from sb3_mfpo.common.torch_layers import FlowMLP, TanhGELU, embed_grid, in_chunks, is_bare, linearize_call
 
 CRITIC_TYPES = ("categorical", "scalar")
 CRITIC_REDUCTIONS = ("min", "mean")
@@ -65,19 +65,43 @@ class MeanFlowActor(FeaturesModel):
         super().__init__(observation_space, action_space, features_extractor, normalize_images)
         self.network = network
 
-    def forward(self, features: th.Tensor, noisy_actions: th.Tensor, t: th.Tensor, length: th.Tensor) -> th.Tensor:
+    def forward(self, features: th.Tensor, noisy_actions: th.Tensor, interval: th.Tensor) -> th.Tensor:
         """
         :param features: State features, shape (..., features_dim)
         :param noisy_actions: a_t, shape (..., d)
-        :param t: End of the interval in [0, 1], shape (..., 1)
-        :param length: Its length t - r in [0, t], shape (..., 1)
+        :param interval: Embedding of [r, t], from ``embed``, shape (..., time_embedding_dim)
         :return: Average velocity over [r, t], shape (..., d)
         """
-        return self.network(features, noisy_actions, t, length)
+        return self.network(features, noisy_actions, interval)
+
+    def embed(self, t: th.Tensor, length: th.Tensor) -> th.Tensor:
+        """
+        :param t: End of the interval in [0, 1], shape (..., 1)
+        :param length: Its length t - r in [0, t], shape (..., 1)
+        :return: Embedding of the interval, shape (..., time_embedding_dim)
+        """
+        return self.network.embed(t, length)
+
+    def linearize(
+        self, features: th.Tensor, noisy_actions: th.Tensor, t: th.Tensor, length: th.Tensor
+    ) -> tuple[th.Tensor, Callable[..., th.Tensor]]:
+        """
+        Average velocity over [r, t], and its derivatives with respect to a_t and t.
+
+        :param features: State features, shape (B, ..., features_dim)
+        :param noisy_actions: a_t, shape (B, ..., d)
+        :param t: End of the interval in [0, 1], shape (..., 1)
+        :param length: Its length t - r in [0, t], shape (..., 1)
+        :return: Average velocity, shape (B, ..., d); the function that multiplies the Jacobian by tangents, without gradient,
+            see ``FlowMLP.linearize``
+        """
+        if is_bare(self) and type(self).forward is MeanFlowActor.forward:
+            return self.network.linearize(features, noisy_actions, t, length)
+        return linearize_call(self, features, noisy_actions, t, length)
 
     def linearize_velocity(
         self, features: th.Tensor, noisy_actions: th.Tensor, t: th.Tensor
-    ) -> tuple[th.Tensor, Callable[[th.Tensor], th.Tensor]]:
+    ) -> tuple[th.Tensor, Callable[..., th.Tensor]]:
         """
         Instantaneous velocity v(s, a_t, t) = u(s, a_t, t, t), and its Jacobian with respect to a_t.
 
@@ -87,7 +111,7 @@ class MeanFlowActor(FeaturesModel):
         :return: d a_t / dt, shape (B, ..., d); the function that multiplies the Jacobian by vectors, shape (N, B, ..., d),
             without gradient
         """
-        return self.network.linearize(features, noisy_actions, t, th.zeros_like(t))
+        return self.linearize(features, noisy_actions, t, th.zeros_like(t))
 
 
 class FlowPolicy(BasePolicy):
@@ -395,19 +419,23 @@ class FlowPolicy(BasePolicy):
         )
         return data
 
-    def act(self, features: th.Tensor, noise: th.Tensor, time_shares: th.Tensor | None = None) -> th.Tensor:
+    def act(self, features: th.Tensor, noise: th.Tensor) -> th.Tensor:
         """
         Carry noise to actions in ``sampling_steps`` steps.
 
         :param features: The actor's state features, shape (B, ..., features_dim), broadcast against ``noise``
         :param noise: Standard-normal noise, shape (B, ..., d)
-        :param time_shares: What the actor makes of ``sampling_times`` (``FlowMLP.time_shares``), if at hand
         :return: Actions clipped to [-1, 1], shape (B, ..., d)
         """
-        network = self.actor.network
-        if time_shares is None:
-            time_shares = network.remembered_time_shares(self.sampling_times)
-        return few_step_sample(network.on_grid(features, time_shares), noise, self.sampling_times)[0].clamp(-1, 1)
+        intervals = embed_grid(self.actor, self.sampling_times)
+
+        def flow(features: th.Tensor, noise: th.Tensor) -> th.Tensor:
+            def velocity(noisy_actions: th.Tensor, k: int) -> th.Tensor:
+                return self.actor(features, noisy_actions, intervals[k])
+
+            return few_step_sample(velocity, noise, self.sampling_times)[0].clamp(-1, 1)
+
+        return in_chunks(flow, features, noise)
 
     def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
         """
@@ -419,37 +447,33 @@ class FlowPolicy(BasePolicy):
         return np.minimum(np.maximum(action, self.action_space.low), self.action_space.high)
 
     def _draw_noise(self, features: th.Tensor) -> th.Tensor:
-        return th.randn(len(features), self.candidate_noise.shape[1], device=features.device)
+        return th.randn(features.shape[0], self.candidate_noise.shape[1], device=features.device)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self._predict(obs, deterministic=deterministic)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        if not deterministic:
-            features = self.actor.encode(observation)
-            return self.act(features, self._draw_noise(features))
-        # One by one: the rounding of a matrix product depends on the number of rows, and where two candidates are nearly
-        # equal that could change which one wins. The copy gives every row the same memory alignment.
-        if isinstance(observation, dict):
-            n = len(next(iter(observation.values())))
-            rows: list[PyTorchObs] = [{key: value[i : i + 1].clone() for key, value in observation.items()} for i in range(n)]
-        else:
-            rows = [observation[i : i + 1].clone() for i in range(len(observation))]
-        return th.stack([self._best_candidate(row) for row in rows])
+        features = self.actor.encode(observation)
+        if deterministic:
+            return self._best_candidates(observation, features)
+        return self.act(features, self._draw_noise(features))
 
-    def _best_candidate(self, observation: PyTorchObs) -> th.Tensor:
+    def _best_candidates(self, observation: PyTorchObs, features: th.Tensor) -> th.Tensor:
         """
         The best, by the target critics, of the actions that ``candidate_noise`` leads to. The authors draw fresh noise; fixed
         noise makes the action a function of the weights and the observation alone.
 
-        :param observation: A single observation, with batch dimension
-        :return: Action in [-1, 1], shape (d,)
+        :param observation: Batch of observations
+        :param features: The actor's features of them, shape (B, S)
+        :return: Actions in [-1, 1], shape (B, d)
         """
-        candidates = self.act(self.actor.encode(observation), self.candidate_noise)
-        if len(candidates) == 1:
-            return candidates[0]
-        q_values = self.critic_target.q_values(self.critic_target.encode(observation), candidates)
-        return candidates[reduce_values(q_values, self.critic_reduction).argmax()]
+        noise = self.candidate_noise.expand(features.shape[0], -1, -1)
+        candidates = self.act(features.unsqueeze(1), noise)
+        if candidates.shape[1] == 1:
+            return candidates.squeeze(1)
+        q_values = self.critic_target.q_values(self.critic_target.encode(observation).unsqueeze(1), candidates)
+        best = reduce_values(q_values, self.critic_reduction).argmax(dim=1)
+        return candidates.gather(1, best[:, None, None].expand(-1, -1, candidates.shape[2])).squeeze(1)
 
     def save_weights(self, path: str | Path) -> None:
         """
@@ -484,10 +508,26 @@ class FlowPolicy(BasePolicy):
 
         :param mode: Training mode if true, else evaluation mode
         """
-        networks = self._networks()
-        # Every prediction asks for evaluation mode, and going through all layers costs as much as an action
-        if self.training == mode and [module.training for module in networks].count(mode) == len(networks):
-            return
-        for module in networks:
-            module.train(mode)
-        self.training = mode
+        for network in self._networks():
+            _set_mode(network, mode)
+        _set_mode(self.critic_target, False)
+        if self.training != mode:
+            self.training = mode
+
+
+def _set_mode(network: nn.Module, mode: bool) -> None:
+    """
+    ``network.train(mode)``, which takes as long as an action, where any of its modules is in the other mode.
+
+    :param network: Any module
+    :param mode: Training mode if true, else evaluation mode
+    """
+    modules: list[nn.Module | None] = [network]
+    # The list grows while it is read
+    for module in modules:
+        if module is not None:
+            if module.training != mode:
+                network.train(mode)
+                return
+            if module._modules:
+                modules += module._modules.values()

@@ -8,7 +8,7 @@ activations of that pass serve both the gradient and any number of tangents, whi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from typing import Any
 
@@ -28,6 +28,14 @@ PushForward = Callable[[th.Tensor, slice], th.Tensor]
 ALL_ROWS = slice(None)
 
 
+def is_traced() -> bool:
+    """
+    :return: Whether operators are recorded for inputs to come (``torch.jit.trace``, ``torch.export``, ``torch.compile``).
+        Nothing may then depend on how many rows there are.
+    """
+    return th.jit.is_tracing() or th.compiler.is_compiling()
+
+
 class TanhGELU(nn.Module):
     """
     The tanh approximation of GELU, which the authors' networks use.
@@ -41,7 +49,7 @@ class TanhGELU(nn.Module):
         :param x: Any shape
         :return: The same shape
         """
-        if th.is_grad_enabled() or x.numel() < MANY_NUMBERS or x.device.type != "cpu" or th.compiler.is_compiling():
+        if th.is_grad_enabled() or is_traced() or x.numel() < MANY_NUMBERS or x.device.type != "cpu":
             return F.gelu(x, approximate="tanh")
         two_c = 2 * math.sqrt(2 / math.pi)
         two_u = th.addcmul(x.new_full((), two_c), x, x, value=0.044715 * two_c).mul_(x)
@@ -52,16 +60,19 @@ def in_chunks(
     function: Callable[[th.Tensor, th.Tensor], th.Tensor | tuple[th.Tensor, ...]], features: th.Tensor, points: th.Tensor
 ) -> Any:
     """
-    Evaluate a function of states and many points in chunks that stay in a CPU's cache. On other devices, with gradient and
-    within ``torch.compile``, it is evaluated at once: there, more and smaller operators only cost.
+    Evaluate a function of states and many points in chunks that stay in a CPU's cache. On other devices and with gradient it
+    is evaluated at once: there, more and smaller operators only cost. While it is traced, too: the number of chunks would be
+    that of one batch size.
 
     :param function: Maps features and points, row by row, to tensors whose leading dimension is that of the points
     :param features: State features, shape (B, ..., features_dim), or (1, ..., features_dim) for all points
     :param points: shape (B, ..., d)
     :return: What ``function(features, points)`` returns
     """
+    if is_traced() or th.is_grad_enabled() or points.device.type != "cpu":
+        return function(features, points)
     n_rows = points.shape[:-1].numel()
-    if th.compiler.is_compiling() or th.is_grad_enabled() or n_rows <= CACHED_ROWS or points.device.type != "cpu":
+    if n_rows <= CACHED_ROWS:
         return function(features, points)
     size = max(1, CACHED_ROWS * len(points) // n_rows)
     point_chunks = points.split(size)
@@ -72,33 +83,33 @@ def in_chunks(
     return tuple(th.cat(parts) for parts in zip(*outputs, strict=True))
 
 
-def call(layer: nn.Module, x: th.Tensor) -> th.Tensor:
+def is_bare(module: nn.Module) -> bool:
     """
-    ``layer(x)``, but for layers without hooks past the machinery of module calls, which for a single action takes about as
-    long as the arithmetic.
+    Whether calling a module does what its class says and nothing else, so that its formula may be differentiated by hand.
 
-    :param layer: Any layer, or a ``Sequential`` of them
-    :param x: Its input
-    :return: Its output
+    :param module: Any module; its children are not looked at
+    :return: Whether it has no hooks (pruning and gradient hooks are some), no parametrizations and no ``forward`` of its own
     """
-    if layer._forward_hooks or layer._forward_pre_hooks:
-        return layer(x)
-    kind, parameters = type(layer), layer._parameters
-    if kind is nn.Linear:
-        return F.linear(x, parameters["weight"], parameters["bias"])  # type: ignore[arg-type]
-    if kind is nn.LayerNorm:
-        shape: Any = layer.normalized_shape
-        return F.layer_norm(x, shape, parameters["weight"], parameters["bias"], layer.eps)  # type: ignore[arg-type]
-    if kind is TanhGELU:
-        return layer.forward(x)
-    if kind is nn.Sequential:
-        return reduce(lambda value, child: call(child, value), layer._modules.values(), x)  # type: ignore[arg-type]
-    return layer(x)
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not (hooks or "forward" in module.__dict__ or "parametrizations" in module._modules)
+
+
+def has_global_hooks() -> bool:
+    """
+    :return: Whether hooks are registered that run at calls of all modules
+    """
+    module = nn.modules.module
+    return bool(
+        module._global_forward_hooks
+        or module._global_forward_pre_hooks
+        or module._global_backward_hooks
+        or module._global_backward_pre_hooks
+    )
 
 
 def linearize(layers: Iterable[nn.Module], x: th.Tensor) -> tuple[th.Tensor, PushForward]:
     """
-    Output of a chain of layers, and the product of its Jacobian with tangents.
+    Output of a chain of bare layers, and the product of its Jacobian with tangents.
 
     :param layers: Layers that act on the last dimension, row by row
     :param x: Input, shape (B, ..., input_dim)
@@ -118,14 +129,13 @@ def linearize(layers: Iterable[nn.Module], x: th.Tensor) -> tuple[th.Tensor, Pus
 
 
 def _linearize_layer(layer: nn.Module, x: th.Tensor) -> tuple[th.Tensor, PushForward]:
-    # An activation that works in place would move its own point
-    point = x.detach().clone() if getattr(layer, "inplace", False) else x.detach()
-    if isinstance(layer, nn.Linear):
+    point = x.detach()
+    if type(layer) is nn.Linear:
         return layer(x), lambda tangent, rows: F.linear(tangent, layer.weight)
-    if isinstance(layer, TanhGELU):
+    if type(layer) is TanhGELU:
         return layer(x), lambda tangent, rows: th.ops.aten.gelu_backward(tangent, point[rows], approximate="tanh")
-    if isinstance(layer, nn.LayerNorm):
-        shape = layer.normalized_shape
+    if type(layer) is nn.LayerNorm and layer.elementwise_affine:
+        shape: Any = layer.normalized_shape
         output, mean, rstd = th.native_layer_norm(x, shape, layer.weight, layer.bias, layer.eps)
 
         def push_forward(tangent: th.Tensor, rows: slice) -> th.Tensor:
@@ -136,20 +146,52 @@ def _linearize_layer(layer: nn.Module, x: th.Tensor) -> tuple[th.Tensor, PushFor
             return normalised * layer.weight
 
         return output, push_forward
-    # Whatever a user has chosen as activation. A Jacobian-vector product needs a point of its own memory
-    return layer(x), lambda tangent, rows: th.func.jvp(layer, (point[rows].expand_as(tangent).clone(),), (tangent,))[1]
+    # Whatever a user has chosen as activation
+    output, push_points = differentiate(layer, x)
+    return output, lambda tangent, rows: push_points(tangent, rows=rows)
 
 
-def fourier_features(time: th.Tensor, frequencies: th.Tensor) -> th.Tensor:
+@th.compiler.disable
+def differentiate(function: Callable[..., th.Tensor], *points: th.Tensor) -> tuple[th.Tensor, Callable[..., th.Tensor]]:
     """
-    Cosines, then sines, of ``2 pi time * frequency``.
+    Output of any function, and the product of its Jacobian with tangents, both from the same evaluation: hooks run once, and
+    random numbers are drawn once. The gradient of ``J^T w`` with respect to ``w`` is J.
 
-    :param time: Times or time differences in [0, 1], shape (..., 1)
-    :param frequencies: Frequencies in cycles per unit of time, shape (n_frequencies,)
-    :return: Features in [-1, 1], shape (..., 2 * n_frequencies)
+    :param function: Any function of the points that autograd can differentiate twice
+    :param points: Tensors, of which the leading dimension of the first one counts the rows
+    :return: The output; the function that carries tangents of the points (None for those that stay as they are) and the rows
+        that they belong to (by keyword, all by default) to the tangent of the output, without gradient
     """
-    angles = 2 * math.pi * time * frequencies
-    return th.cat([angles.cos(), angles.sin()], dim=-1)
+    with_gradient = th.is_grad_enabled()
+    with th.enable_grad():
+        points = tuple(point if point.requires_grad else point.detach().requires_grad_() for point in points)
+        # The function gets copies, as it may work in place
+        output = function(*(point.clone() for point in points))
+        cotangent = th.zeros_like(output, requires_grad=True)
+        if output.requires_grad:
+            products = th.autograd.grad(output, points, cotangent, create_graph=True, materialize_grads=True)
+        else:
+            products = tuple(th.zeros_like(point) for point in points)
+
+    @th.no_grad()
+    def push_points(*tangents: th.Tensor | None, rows: slice = ALL_ROWS) -> th.Tensor:
+        given = [(product, tangent) for product, tangent in zip(products, tangents, strict=True) if tangent is not None]
+        product, tangent = given[0]
+        if tangent.dim() == product.dim():
+            return push_one(given, rows)
+        return th.stack([push_one([(product, vectors[n]) for product, vectors in given], rows) for n in range(len(tangent))])
+
+    def push_one(given: list[tuple[th.Tensor, th.Tensor]], rows: slice) -> th.Tensor:
+        moving = [(product, tangent) for product, tangent in given if product.requires_grad]
+        if not moving:
+            return th.zeros_like(output[rows])
+        # The other rows stay as they are
+        vectors = [th.zeros_like(product) for product, _ in moving]
+        for vector, (_, tangent) in zip(vectors, moving, strict=True):
+            vector[rows] = tangent
+        return th.autograd.grad([product for product, _ in moving], cotangent, vectors, retain_graph=True)[0][rows]
+
+    return (output if with_gradient else output.detach()), push_points
 
 
 def init_linear_layers(module: nn.Module) -> None:
@@ -164,38 +206,6 @@ def init_linear_layers(module: nn.Module) -> None:
             nn.init.zeros_(layer.bias)
 
 
-class Memo:
-    """
-    Remembers what was made of some float32 tensors on a CPU, for as long as they stay the same.
-
-    Fused optimizers and writes to ``.data`` leave no trace in a tensor's version counter. Therefore the first number of each
-    tensor is compared as well: both change all numbers. Copies and pickles start empty.
-    """
-
-    def __init__(self) -> None:
-        self._seen: list[tuple[th.Tensor, int, int, Any, float]] = []
-        self._result: th.Tensor | None = None
-
-    def __reduce__(self) -> tuple[type[Memo], tuple[()]]:
-        return type(self), ()
-
-    def get(self, tensors: Callable[[], Iterable[th.Tensor]], function: Callable[[], th.Tensor]) -> th.Tensor:
-        """
-        :param tensors: Lists what the result depends on: the same tensors at every call
-        :param function: Makes the result
-        :return: The result, for reading only
-        """
-        for tensor, version, address, first_number, value in self._seen:
-            if tensor._version != version or tensor.data_ptr() != address or first_number.item() != value:
-                self._result = None
-                break
-        if self._result is None:
-            first_numbers = [(tensor, tensor.detach().numpy().reshape(-1)[:1]) for tensor in tensors()]
-            self._seen = [(tensor, tensor._version, tensor.data_ptr(), view, view.item()) for tensor, view in first_numbers]
-            self._result = function()
-        return self._result
-
-
 class TimeEmbedding(nn.Module):
     """
     Embedding of a time: learned Fourier features followed by a small MLP (paper, App. on implementation details).
@@ -208,9 +218,13 @@ class TimeEmbedding(nn.Module):
     # Standard deviation of the initial frequencies (authors' code)
     FREQUENCY_STD = 0.2
 
+    phases: th.Tensor
+
     def __init__(self, fourier_dim: int, embedding_dim: int, activation_fn: Callable[[], nn.Module]):
         super().__init__()
         self.frequencies = nn.Parameter(self.FREQUENCY_STD * th.randn(fourier_dim // 2))
+        # A cosine is a sine a quarter of a turn later
+        self.register_buffer("phases", th.tensor([[math.pi / 2], [0.0]]), persistent=False)
         self.mlp = nn.Sequential(
             nn.Linear(fourier_dim, embedding_dim),
             activation_fn(),
@@ -222,35 +236,89 @@ class TimeEmbedding(nn.Module):
         :param time: shape (..., 1)
         :return: shape (..., embedding_dim)
         """
-        return self.mlp(fourier_features(time, self.frequencies))
+        return self.mlp(self.fourier_features(time))
+
+    def fourier_features(self, time: th.Tensor) -> th.Tensor:
+        """
+        Cosines, then sines, of ``2 pi time * frequency``.
+
+        :param time: Times or time differences in [0, 1], shape (..., 1)
+        :return: Features in [-1, 1], shape (..., fourier_dim)
+        """
+        return self._angles(time).sin().flatten(-2)
+
+    def _angles(self, time: th.Tensor) -> th.Tensor:
+        # One sine for both: operators are what a single action pays for
+        return th.addcmul(self.phases, time.unsqueeze(-1), self.frequencies, value=2 * math.pi)
 
     def linearize(self, time: th.Tensor) -> tuple[th.Tensor, PushForward]:
         """
+        By hand, for bare modules alone: see ``FlowMLP.linearize``.
+
         :param time: shape (B, ..., 1)
         :return: The embedding, and the function that carries a tangent of the time to that of the embedding
         """
-        features = fourier_features(time, self.frequencies)
-        output, push_forward = linearize(self.mlp, features)
+        angles = self._angles(time)
+        output, push_forward = linearize(self.mlp, angles.sin().flatten(-2))
 
         @th.no_grad()
         def push_time(tangent: th.Tensor, rows: slice = ALL_ROWS) -> th.Tensor:
-            cos, sin = features.detach()[rows].chunk(2, dim=-1)
-            speed = 2 * math.pi * tangent * self.frequencies
-            return push_forward(th.cat([-sin * speed, cos * speed], dim=-1), rows)
+            speed = 2 * math.pi * tangent.unsqueeze(-1) * self.frequencies
+            return push_forward((angles.detach()[rows].cos() * speed).flatten(-2), rows)
 
         return output, push_time
+
+
+class BroadcastLinear(nn.Linear):
+    """
+    Linear layer on the concatenation of several inputs, which may broadcast against each other.
+
+    Where they do, the layer is applied to each input by itself and the results are added: an input that several rows share
+    (the state of many candidate actions, the time of a whole batch) is multiplied only once.
+
+    :param input_dims: Size of the last dimension of each input, in the order of ``forward``
+    :param bias_input: Index of the input to whose share the bias is added; cheapest is one that many rows share
+    :param out_features: Size of the output
+    """
+
+    def __init__(self, input_dims: Sequence[int], bias_input: int, out_features: int):
+        super().__init__(sum(input_dims), out_features)
+        self.input_dims = list(input_dims)
+        self.bias_input = bias_input
+
+    def forward(self, *inputs: th.Tensor) -> th.Tensor:
+        """
+        :param inputs: One tensor per entry of ``input_dims``, shapes (..., input_dim) with leading dimensions that broadcast
+        :return: shape (..., out_features)
+        """
+        if not is_traced() and all(value.shape[:-1] == inputs[0].shape[:-1] for value in inputs):
+            # Nothing is shared: fewer operators
+            return super().forward(th.cat(inputs, dim=-1))
+        # The last inputs are shared by the most rows: add those first
+        weights = self.weight.split(self.input_dims, dim=1)
+        return reduce(
+            th.add,
+            [
+                F.linear(inputs[index], weights[index], self.bias if index == self.bias_input else None)
+                for index in reversed(range(len(inputs)))
+            ],
+        )
+
+    def push_forward(self, *tangents: th.Tensor | None) -> th.Tensor:
+        """
+        :param tangents: Of the inputs, None for those that stay as they are
+        :return: Tangent of the output
+        """
+        pairs = zip(tangents, self.weight.split(self.input_dims, dim=1), strict=True)
+        return reduce(th.add, [F.linear(tangent, weight) for tangent, weight in pairs if tangent is not None])
 
 
 class MultiInputMLP(nn.Module):
     """
     MLP on the concatenation of several inputs, which may broadcast against each other.
 
-    Where they do, the first layer is applied to each input by itself and the results are added. This equals a layer on the
-    concatenation, but an input that several rows share (the state of many candidate actions, the time of a whole batch) is
-    multiplied only once.
-
     :param input_dims: Size of the last dimension of each input, in the order of ``forward``
-    :param bias_input: Index of the input whose share of the first layer holds the bias; cheapest is one that many rows share
+    :param bias_input: Index of the input whose share of the first layer holds the bias, see ``BroadcastLinear``
     :param output_dim: Size of the output
     :param net_arch: Widths of the hidden layers, at least one
     :param activation_fn: Makes the activation of the hidden layers
@@ -267,10 +335,7 @@ class MultiInputMLP(nn.Module):
         layer_norm: bool,
     ):
         super().__init__()
-        self.input_dims = list(input_dims)
-        self.offsets = [sum(input_dims[:index]) for index in range(len(input_dims))]
-        self.bias_input = bias_input
-        self.input_layer = nn.Linear(sum(input_dims), net_arch[0])
+        self.input_layer = BroadcastLinear(input_dims, bias_input, net_arch[0])
         layers: list[nn.Module] = []
         for width, next_width in zip(net_arch, [*net_arch[1:], output_dim], strict=True):
             if layer_norm:
@@ -278,45 +343,27 @@ class MultiInputMLP(nn.Module):
             layers += [activation_fn(), nn.Linear(width, next_width)]
         self.body = nn.Sequential(*layers)
 
-    def share(self, index: int, value: th.Tensor) -> th.Tensor:
-        """
-        What one input contributes to the first layer.
-
-        :param index: Which input
-        :param value: shape (..., input_dim)
-        :return: shape (..., width)
-        """
-        return F.linear(value, self.weight_of(index), self.input_layer.bias if index == self.bias_input else None)
-
-    def weight_of(self, index: int) -> th.Tensor:
-        """
-        :param index: Which input
-        :return: The first layer's weight for it, shape (width, input_dim)
-        """
-        return self.input_layer.weight.narrow(1, self.offsets[index], self.input_dims[index])
-
     def forward(self, *inputs: th.Tensor) -> th.Tensor:
         """
         :param inputs: One tensor per entry of ``input_dims``, shapes (..., input_dim) with leading dimensions that
             broadcast
         :return: shape (..., output_dim)
         """
-        hidden = self._first_layer(inputs)
-        return self.body(hidden) if th.is_grad_enabled() else call(self.body, hidden)
+        return self.body(self.input_layer(*inputs))
 
     def linearize(self, *inputs: th.Tensor) -> tuple[th.Tensor, Callable[..., th.Tensor]]:
         """
+        By hand, for bare modules alone: see ``FlowMLP.linearize``.
+
         :param inputs: As those of ``forward``
         :return: The output, and the function that carries tangents of the inputs (None for those that stay as they are) and
             the rows that they belong to (by keyword, all by default) to the tangent of the output
         """
-        output, push_forward = linearize(self.body, self._first_layer(inputs))
+        output, push_forward = linearize(self.body, self.input_layer(*inputs))
 
         @th.no_grad()
         def push_inputs(*tangents: th.Tensor | None, rows: slice = ALL_ROWS) -> th.Tensor:
-            weights = self.input_layer.weight.split(self.input_dims, dim=1)
-            pairs = [(tangent, weight) for tangent, weight in zip(tangents, weights, strict=True) if tangent is not None]
-            return push_forward(reduce(th.add, [F.linear(tangent, weight) for tangent, weight in pairs]), rows)
+            return push_forward(self.input_layer.push_forward(*tangents), rows)
 
         return output, push_inputs
 
@@ -325,23 +372,12 @@ class MultiInputMLP(nn.Module):
         :param inputs: As those of ``forward``
         :return: The hidden layers' activations, shapes (..., width)
         """
-        hidden, activations = self._first_layer(inputs), []
+        hidden, activations = self.input_layer(*inputs), []
         for layer in self.body:
             if isinstance(layer, nn.Linear):
                 activations.append(hidden)
             hidden = layer(hidden)
         return activations
-
-    def _first_layer(self, inputs: tuple[th.Tensor, ...]) -> th.Tensor:
-        if all(value.shape[:-1] == inputs[0].shape[:-1] for value in inputs):
-            # Nothing is shared: fewer operators
-            return self.input_layer(th.cat(inputs, dim=-1))
-        # The last inputs are shared by the most rows: add those first
-        return reduce(th.add, [self.share(index, inputs[index]) for index in reversed(range(len(inputs)))])
-
-
-# The inputs of a FlowMLP's first layer
-ACTIONS, FEATURES, TIME = range(3)
 
 
 class FlowMLP(nn.Module):
@@ -375,76 +411,32 @@ class FlowMLP(nn.Module):
         self.instantaneous = instantaneous
         self.time_embedding = TimeEmbedding(time_fourier_dim, time_embedding_dim, activation_fn)
         self.length_embedding = TimeEmbedding(time_fourier_dim, time_embedding_dim, activation_fn)
-        self._times: th.Tensor | None = None
-        self._memo = Memo()
+        # The bias goes with the state's features
         self.mlp = MultiInputMLP(
-            [action_dim, features_dim, time_embedding_dim], FEATURES, output_dim, net_arch, activation_fn, layer_norm
+            [action_dim, features_dim, time_embedding_dim], 1, output_dim, net_arch, activation_fn, layer_norm
         )
         init_linear_layers(self)
 
-    def forward(self, features: th.Tensor, noisy_actions: th.Tensor, t: th.Tensor, length: th.Tensor) -> th.Tensor:
+    def forward(self, features: th.Tensor, noisy_actions: th.Tensor, interval: th.Tensor) -> th.Tensor:
         """
-        All leading dimensions broadcast: features of shape (B, 1, S) serve K actions each, of shape (B, K, d), and times of
-        shape (1,) serve them all.
+        All leading dimensions broadcast: features of shape (B, 1, S) serve K actions each, of shape (B, K, d), and an interval
+        of shape (1, E) serves them all.
 
         :param features: State features, shape (..., features_dim)
         :param noisy_actions: Points on the flow's path, shape (..., action_dim)
-        :param t: End of the interval in [0, 1] (t = 1 is noise, t = 0 is the action), shape (..., 1)
-        :param length: Length t - r of the interval in [0, t], shape (..., 1)
+        :param interval: Embedding of the time interval, from ``embed``, shape (..., time_embedding_dim)
         :return: Average over the interval, shape (..., output_dim)
         """
-        return self.mlp(noisy_actions, features, self.embed(t, length))
+        # Within `autocast` layers return fewer digits
+        return self.mlp(noisy_actions, features, interval).to(noisy_actions.dtype)
 
     def embed(self, t: th.Tensor, length: th.Tensor) -> th.Tensor:
         """
-        :param t: End of the interval in [0, 1], shape (..., 1)
-        :param length: Its length, shape (..., 1)
+        :param t: End of the interval in [0, 1] (t = 1 is noise, t = 0 is the action), shape (..., 1)
+        :param length: Length t - r of the interval in [0, t], shape (..., 1)
         :return: Embedding of the interval, shape (..., time_embedding_dim)
         """
         return self.time_embedding(t) + self.length_embedding(th.zeros_like(length) if self.instantaneous else length)
-
-    def time_shares(self, times: th.Tensor) -> th.Tensor:
-        """
-        What the intervals of a grid contribute to the first layer, which is the same for all states and actions.
-
-        :param times: Grid from 1 (noise) down to 0 (action), shape (T + 1,)
-        :return: shape (T, width)
-        """
-        return self.mlp.share(TIME, self.embed(times[:-1, None], (times[:-1] - times[1:])[:, None]))
-
-    def remembered_time_shares(self, times: th.Tensor) -> th.Tensor:
-        """
-        ``time_shares`` without gradient, computed again only when the weights or the times have changed: one action takes no
-        longer than they do. On other devices a look at the weights would cost more.
-
-        :param times: Grid from 1 (noise) down to 0 (action), shape (T + 1,)
-        :return: shape (T, width), for reading only
-        """
-        if th.is_grad_enabled() or times.device.type != "cpu" or self.mlp.input_layer.weight.dtype != th.float32:
-            return self.time_shares(times)
-        if times is not self._times:
-            self._times, self._memo = times, Memo()
-        return self._memo.get(self._what_times_depend_on, lambda: self.time_shares(times))
-
-    def _what_times_depend_on(self) -> Iterator[th.Tensor]:
-        assert self._times is not None
-        yield self._times
-        for module in (self.time_embedding, self.length_embedding, self.mlp.input_layer):
-            yield from module.parameters()
-
-    def on_grid(self, features: th.Tensor, time_shares: th.Tensor) -> Callable[[th.Tensor, int], th.Tensor]:
-        """
-        The network at some states along a grid of times.
-
-        :param features: State features, shape (..., features_dim)
-        :param time_shares: From ``time_shares``
-        :return: Function of noisy actions, shape (..., action_dim), and the number of the interval that they start from, which
-            returns the average over that interval, shape (..., output_dim)
-        """
-        mlp = self.mlp
-        state_share, action_weight, body = mlp.share(FEATURES, features), mlp.weight_of(ACTIONS), mlp.body
-        shares = [state_share + time_share for time_share in time_shares]
-        return lambda noisy_actions, k: call(body, F.linear(noisy_actions, action_weight).add_(shares[k]))
 
     def linearize(
         self, features: th.Tensor, noisy_actions: th.Tensor, t: th.Tensor, length: th.Tensor
@@ -458,6 +450,8 @@ class FlowMLP(nn.Module):
             ``(action_tangent, time_tangent=None, rows=slice(None))``, the time tangent being that of t and, as r is fixed, of
             the length
         """
+        if not self._is_bare():
+            return linearize_call(self, features, noisy_actions, t, length)
         t_embedding, push_t = self.time_embedding.linearize(t)
         length_embedding, push_length = self.length_embedding.linearize(
             th.zeros_like(length) if self.instantaneous else length
@@ -473,3 +467,49 @@ class FlowMLP(nn.Module):
             return push_forward(action_tangent, None, embedding_tangent, rows=rows)
 
         return output, push_all
+
+    def _is_bare(self) -> bool:
+        if has_global_hooks() or th.is_autocast_enabled(self.time_embedding.frequencies.device.type):
+            return False
+        formulas = {kind: kind.forward for kind in (FlowMLP, TimeEmbedding, MultiInputMLP, BroadcastLinear, nn.Sequential)}
+        return all(
+            is_bare(module)
+            and all(type(module).forward is forward for kind, forward in formulas.items() if isinstance(module, kind))
+            for module in self.modules()
+        )
+
+
+def linearize_call(
+    module: nn.Module, features: th.Tensor, noisy_actions: th.Tensor, t: th.Tensor, length: th.Tensor
+) -> tuple[th.Tensor, Callable[..., th.Tensor]]:
+    """
+    ``FlowMLP.linearize`` of anything that is called like one, by automatic differentiation.
+
+    :param module: Has the ``forward`` and ``embed`` of ``FlowMLP``
+    :param features: State features, shape (B, ..., features_dim)
+    :param noisy_actions: Points on the flow's path, shape (B, ..., action_dim)
+    :param t: End of the interval in [0, 1], shape (B, ..., 1)
+    :param length: Length t - r of the interval in [0, t], shape (B, ..., 1)
+    :return: As ``FlowMLP.linearize``
+    """
+    embed: Any = module.embed
+    output, push_points = differentiate(
+        lambda noisy_actions, t, length: module(features, noisy_actions, embed(t, length)), noisy_actions, t, length
+    )
+
+    def push_all(action_tangent: th.Tensor, time_tangent: th.Tensor | None = None, rows: slice = ALL_ROWS) -> th.Tensor:
+        return push_points(action_tangent, time_tangent, time_tangent, rows=rows)
+
+    return output, push_all
+
+
+def embed_grid(network: nn.Module, times: th.Tensor) -> tuple[th.Tensor, ...]:
+    """
+    Embed all intervals of a grid at once.
+
+    :param network: Has the ``embed`` of ``FlowMLP``
+    :param times: Grid from 1 (noise) down to 0 (action), shape (T + 1,)
+    :return: Embeddings of the T intervals, shape (1, time_embedding_dim) each
+    """
+    embed: Any = network.embed
+    return embed(times[:-1, None], (times[:-1] - times[1:])[:, None]).split(1)

@@ -30,7 +30,6 @@ from sb3_mfpo.mfpo.policies import (
 )
 
 SelfMFPO = TypeVar("SelfMFPO", bound="MFPO")
-TimeShares = tuple[th.Tensor, th.Tensor]
 
 
 class GradientStepDraws(NamedTuple):
@@ -278,14 +277,11 @@ class MFPO(FlowAlgorithm):
         improve_policy: bool = True,
     ) -> dict[str, th.Tensor]:
         ent_coef = self._temperature()
-        with th.no_grad():
-            # For both samplings: the actor changes after them
-            time_shares = self.policy.time_shares()
-        metrics = {"ent_coef": ent_coef} | self._update_critic(batch, draws.next_noise, ent_coef, time_shares)
+        metrics = {"ent_coef": ent_coef} | self._update_critic(batch, draws.next_noise, ent_coef)
         if update_target:
             self._update_target()
         if improve_policy:
-            metrics |= self._improve_policy(batch.observations, draws, ent_coef, time_shares)
+            metrics |= self._improve_policy(batch.observations, draws, ent_coef)
         return metrics
 
     def _temperature(self) -> th.Tensor:
@@ -293,48 +289,41 @@ class MFPO(FlowAlgorithm):
             return self.ent_coef_tensor
         return self.log_ent_coef.detach().exp().squeeze()
 
-    def _next_actions(
-        self, observations: PyTorchObs, noise: th.Tensor, ent_coef: th.Tensor, time_shares: TimeShares
-    ) -> tuple[th.Tensor, th.Tensor]:
+    def _next_actions(self, observations: PyTorchObs, noise: th.Tensor, ent_coef: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
         Soft values: the bonus is the entropy's (Eq. 29).
 
         :param observations: Batch of next observations
         :param noise: Starts the next actions, shape (B, d)
         :param ent_coef: Temperature
-        :param time_shares: Of the policy
         :return: Samples of the policy, shape (B, d); -alpha log pi(a' | s'), shape (B, 1)
         """
-        actions, log_prob = self.policy.sample(self.actor.encode(observations), noise, time_shares)
+        actions, log_prob = self.policy.sample(self.actor.encode(observations), noise)
         return actions, -ent_coef * log_prob.unsqueeze(1)
 
-    def _improve_policy(
-        self, observations: PyTorchObs, draws: GradientStepDraws, ent_coef: th.Tensor, time_shares: TimeShares
-    ) -> dict[str, th.Tensor]:
+    def _improve_policy(self, observations: PyTorchObs, draws: GradientStepDraws, ent_coef: th.Tensor) -> dict[str, th.Tensor]:
         """
         Soft policy improvement: actor, divergence network and temperature, in this order (authors' code).
 
         :param observations: Batch of observations
         :param draws: The step's randomness
         :param ent_coef: Temperature
-        :param time_shares: Of the policy
         :return: Quantities to log
         """
         features = self.actor.encode(observations)
-        actions, log_prob = self._runner.compiled(self._propose)(features.detach(), draws.policy_noise, time_shares)
+        actions, log_prob = self._runner.compiled(self._propose)(features.detach(), draws.policy_noise)
         metrics = self._update_actor(observations, features, actions, log_prob, draws, ent_coef)
         metrics |= self._update_divergence(observations, actions[:, 0], draws)
         return metrics | self._update_temperature(entropy=-log_prob.mean())
 
     @th.no_grad()
-    def _propose(self, features: th.Tensor, noise: th.Tensor, time_shares: TimeShares) -> tuple[th.Tensor, th.Tensor]:
+    def _propose(self, features: th.Tensor, noise: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
         :param features: The actor's state features, shape (B, S)
         :param noise: Standard-normal noise, shape (B, K, d)
-        :param time_shares: Of the policy
         :return: Samples of the policy, shape (B, K, d); their log-probabilities, shape (B, K)
         """
-        return self.policy.sample(features.unsqueeze(1), noise, time_shares)
+        return self.policy.sample(features.unsqueeze(1), noise)
 
     def _update_actor(
         self,
@@ -377,7 +366,7 @@ class MFPO(FlowAlgorithm):
             observations, actions, log_prob, noisy_actions, t, draws.uniform, ent_coef
         )
         # Target: the MeanFlow identity
-        average, push_forward = self.actor.network.linearize(features, noisy_actions, t, t - r)
+        average, push_forward = self.actor.linearize(features, noisy_actions, t, t - r)
         derivative = self._total_derivative(push_forward, velocity, self.policy.actor_type)
         target = mean_flow.mean_flow_target(velocity, t - r, derivative)
         # Loss

@@ -15,7 +15,7 @@ from sb3_mfpo.common.checks import check_choice
 from sb3_mfpo.common.divergence import exact_divergence
 from sb3_mfpo.common.mean_flow import few_step_sample
 from sb3_mfpo.common.policies import FlowPolicy, MeanFlowActor
-from sb3_mfpo.common.torch_layers import FlowMLP, in_chunks
+from sb3_mfpo.common.torch_layers import FlowMLP, embed_grid, in_chunks
 
 ACTOR_TYPES = ("mean_flow", "flow_matching")
 DIVERGENCE_TYPES = ("mean_flow", "flow_matching", "exact")
@@ -46,32 +46,23 @@ class InstantaneousDivergence(nn.Module):
         # Bound, so that the actor does not become a submodule
         self.linearize_velocity: Callable[..., Any] = actor.linearize_velocity
 
-    def forward(self, features: th.Tensor, noisy_actions: th.Tensor, t: th.Tensor, length: th.Tensor) -> th.Tensor:
+    def embed(self, t: th.Tensor, length: th.Tensor) -> th.Tensor:
+        """
+        :param t: End of the interval in [0, 1], shape (..., 1)
+        :param length: Its length, of which the divergence at t is independent
+        :return: t
+        """
+        return t
+
+    def forward(self, features: th.Tensor, noisy_actions: th.Tensor, t: th.Tensor) -> th.Tensor:
         """
         :param features: State features, shape (..., features_dim)
         :param noisy_actions: a_t, shape (..., d)
-        :param t: End of the interval in [0, 1], shape (..., 1)
-        :param length: Its length, of which the result is independent
+        :param t: Time in [0, 1], shape (..., 1)
         :return: Divergence at t, shape (..., 1), without gradient
         """
         _, jacobian_product = self.linearize_velocity(features, noisy_actions, t)
         return exact_divergence(jacobian_product, noisy_actions)
-
-    def time_shares(self, times: th.Tensor) -> th.Tensor:
-        """
-        :param times: Grid from 1 (noise) down to 0 (action), shape (T + 1,)
-        :return: The times at which the intervals start, shape (T, 1): here nothing else can be shared
-        """
-        return times[:-1, None]
-
-    def on_grid(self, features: th.Tensor, time_shares: th.Tensor) -> Callable[[th.Tensor, int], th.Tensor]:
-        """
-        :param features: State features, shape (..., features_dim)
-        :param time_shares: From ``time_shares``
-        :return: Function of noisy actions and the number of an interval, see ``FlowMLP.on_grid``
-        """
-
-        return lambda noisy_actions, k: self(features, noisy_actions, time_shares[k], th.zeros_like(time_shares[k]))
 
 
 class MFPOPolicy(FlowPolicy):
@@ -142,31 +133,25 @@ class MFPOPolicy(FlowPolicy):
         data.update(actor_type=self.actor_type, divergence_type=self.divergence_type)
         return data
 
-    def time_shares(self) -> tuple[th.Tensor, th.Tensor]:
-        """
-        :return: What actor and divergence make of the sampling times, as long as their weights stay the same: it serves all
-            calls of ``sample``
-        """
-        return self.actor.network.time_shares(self.sampling_times), self.divergence.time_shares(self.sampling_times)
-
-    def sample(
-        self, features: th.Tensor, noise: th.Tensor, time_shares: tuple[th.Tensor, th.Tensor] | None = None
-    ) -> tuple[th.Tensor, th.Tensor]:
+    def sample(self, features: th.Tensor, noise: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
         Carry noise to actions in ``sampling_steps`` steps, with the change of log-density.
 
         :param features: The actor's state features, shape (B, ..., features_dim), broadcast against ``noise``
         :param noise: Standard-normal noise, shape (B, ..., d)
-        :param time_shares: From the method of this name, if at hand
         :return: Actions clipped to [-1, 1], shape (B, ..., d); log-density in nats of the actions before the clip (as in the
             authors' code), shape (B, ...)
         """
-        actor_shares, divergence_shares = time_shares or self.time_shares()
+        times = self.sampling_times
+        actor_intervals, divergence_intervals = embed_grid(self.actor, times), embed_grid(self.divergence, times)
 
         def flow(features: th.Tensor, noise: th.Tensor) -> tuple[th.Tensor, ...]:
-            velocity = self.actor.network.on_grid(features, actor_shares)
-            divergence = self.divergence.on_grid(features, divergence_shares)
-            actions, log_prob = few_step_sample(velocity, noise, self.sampling_times, divergence)
+            actions, log_prob = few_step_sample(
+                lambda noisy_actions, k: self.actor(features, noisy_actions, actor_intervals[k]),
+                noise,
+                times,
+                lambda noisy_actions, k: self.divergence(features, noisy_actions, divergence_intervals[k]),
+            )
             assert log_prob is not None
             return actions.clamp(-1, 1), log_prob
 
@@ -184,12 +169,14 @@ class MFPOPolicy(FlowPolicy):
             without gradient
         """
         times = th.linspace(1, 0, n_steps + 1, device=noise.device)
+        instants = self.actor.embed(times[:-1, None], th.zeros_like(times[:-1, None])).split(1)
         exact = InstantaneousDivergence(self.actor)
-
-        def velocity(noisy_actions: th.Tensor, k: int) -> th.Tensor:
-            return self.actor(features, noisy_actions, times[k, None], th.zeros_like(times[k, None]))
-
-        actions, log_prob = few_step_sample(velocity, noise, times, exact.on_grid(features, exact.time_shares(times)))
+        actions, log_prob = few_step_sample(
+            lambda noisy_actions, k: self.actor(features, noisy_actions, instants[k]),
+            noise,
+            times,
+            lambda noisy_actions, k: exact(features, noisy_actions, times[k, None]),
+        )
         assert log_prob is not None
         return actions.clamp(-1, 1), log_prob
 

@@ -248,43 +248,34 @@ class SOM(FlowAlgorithm):
         update_target: bool = True,
         improve_policy: bool = True,
     ) -> dict[str, th.Tensor]:
-        with th.no_grad():
-            # For both samplings: the actor changes after them
-            time_shares = self.actor.network.time_shares(self.policy.sampling_times)
-        metrics = self._update_critic(batch, draws.next_noise, time_shares)
+        metrics = self._update_critic(batch, draws.next_noise)
         if update_target:
             self._update_target()
         if improve_policy:
-            metrics |= self._update_actor(batch.observations, draws, time_shares)
+            metrics |= self._update_actor(batch.observations, draws)
         return metrics
 
-    def _next_actions(self, observations: PyTorchObs, noise: th.Tensor, time_shares: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    def _next_actions(self, observations: PyTorchObs, noise: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
         Values of the policy as it is: no bonus on the entropy, which SOM does not follow.
 
         :param observations: Batch of next observations
         :param noise: Starts the next actions, shape (B, d)
-        :param time_shares: Of the actor
         :return: Samples of the policy, shape (B, d); 0
         """
-        return self.policy.act(self.actor.encode(observations), noise, time_shares), noise.new_zeros(())
+        return self.policy.act(self.actor.encode(observations), noise), noise.new_zeros(())
 
-    def _update_actor(
-        self, observations: PyTorchObs, draws: GradientStepDraws, time_shares: th.Tensor
-    ) -> dict[str, th.Tensor]:
-        loss, metrics = self._runner.compiled(self._actor_loss)(observations, draws, time_shares)
+    def _update_actor(self, observations: PyTorchObs, draws: GradientStepDraws) -> dict[str, th.Tensor]:
+        loss, metrics = self._runner.compiled(self._actor_loss)(observations, draws)
         self._optimize("actor_loss", loss, self.actor.optimizer)
         return {"actor_loss": loss.detach()} | metrics
 
-    def _actor_loss(
-        self, observations: PyTorchObs, draws: GradientStepDraws, time_shares: th.Tensor
-    ) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+    def _actor_loss(self, observations: PyTorchObs, draws: GradientStepDraws) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         """
         Regression of the average velocity on the velocity of the Boltzmann policy's probability flow.
 
         :param observations: Batch of observations
         :param draws: The step's randomness
-        :param time_shares: Of the actor
         :return: Loss; quantities to log
         """
         t, r, noise = draws.flow
@@ -293,14 +284,14 @@ class SOM(FlowAlgorithm):
         features = self.actor.encode(observations)
         # Sample: a point on the path from an action of the policy
         with th.no_grad():
-            actions = self.policy.act(features, draws.policy_noise, time_shares)
+            actions = self.policy.act(features, draws.policy_noise)
         noisy_actions = mean_flow.interpolate(actions, noise, signal, sigma)
         # Target: the MeanFlow identity around the velocity that the score there gives
         scores, metrics = self._boltzmann_score(observations, noisy_actions, signal, sigma, draws.proposals)
         if self.score_norm is not None:
             scores = score.with_length(scores, self.score_norm)
         velocity = velocity_of(noisy_actions, scores, t)
-        average, push_forward = self.actor.network.linearize(features, noisy_actions, t, t - r)
+        average, push_forward = self.actor.linearize(features, noisy_actions, t, t - r)
         derivative = self._total_derivative(push_forward, velocity, self.policy.actor_type)
         errors = average - mean_flow.mean_flow_target(velocity, t - r, derivative)
         # Loss
