@@ -97,6 +97,7 @@ class Manager(Original):
         if self.algo not in ALGORITHMS or not is_run(self.trained_agent):
             return super()._load_pretrained_agent(hyperparams, env)
         not_applied = sorted((self.custom_hyperparams or {}).keys() & hyperparams.keys())
+        print("Loading pretrained agent")
         print(
             f"Going on with the run in {self.trained_agent}, with its own hyperparameters and random state"
             + (f"; not applied: -params {', '.join(not_applied)}" if not_applied else "")
