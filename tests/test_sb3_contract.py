@@ -297,8 +297,8 @@ def test_deterministic_action_is_a_function_of_weights_and_observations(
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 33, 300])
 def test_deterministic_actions_are_the_best_of_their_states_in_any_batch(algorithm: Algorithm, batch_size: int) -> None:
     """
-    Products of other numbers of rows are rounded otherwise, so that of two nearly equal candidates either may win: by value the
-    chosen one is as good as the best.
+    Products of other numbers of rows are rounded otherwise, so that of two nearly equal candidates either may win: by value
+    the chosen one is as good as the best.
     """
     model = make_model(algorithm, seed=0).learn(60)
     policy = model.policy
