@@ -6,6 +6,7 @@ import copy
 import inspect
 import pickle
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Flatten
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecNormalize
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from sb3_mfpo import MFPO, SOM
 from sb3_mfpo.common.off_policy import FlowAlgorithm
@@ -636,6 +638,230 @@ def test_training_and_evaluation_mode(algorithm: Algorithm, monkeypatch: pytest.
     target, online = (critic.features_extractor.layers[1] for critic in (model.critic_target, model.critic))
     assert th.equal(target.running_mean, online.running_mean)
     assert not th.equal(online.running_mean, th.zeros(5))
+
+
+# What PyTorch allows to do with networks
+
+
+def sample_of(policy: Any, observations: np.ndarray) -> np.ndarray:
+    th.manual_seed(0)
+    return policy.predict(observations, deterministic=False)[0]
+
+
+def assigned(policy: Any, weights: dict[str, th.Tensor]) -> None:
+    policy.load_state_dict(weights, assign=True)
+
+
+def written(policy: Any, weights: dict[str, th.Tensor]) -> None:
+    for name, parameter in policy.named_parameters():
+        # Past the first number, which is what a look at changes might look at
+        parameter.data.view(-1)[1:] = weights[name].view(-1)[1:]
+        parameter.data.view(-1)[0] = weights[name].view(-1)[0]
+
+
+@pytest.mark.parametrize("change", [assigned, written], ids=lambda change: change.__name__)
+def test_actions_follow_the_weights_however_they_are_changed(algorithm: Algorithm, change: Any) -> None:
+    policy, other = (make_model(algorithm, seed=seed).policy for seed in (0, 1))
+    observations = np.random.RandomState(0).randn(5, 3).astype(np.float32)
+    assert not np.allclose(sample_of(policy, observations), sample_of(other, observations), atol=1e-2)
+    change(policy, other.state_dict())
+    assert np.array_equal(sample_of(policy, observations), sample_of(other, observations))
+    assert np.array_equal(
+        policy.predict(observations, deterministic=True)[0], other.predict(observations, deterministic=True)[0]
+    )
+
+
+def test_functional_calls_use_the_given_weights(algorithm: Algorithm) -> None:
+    policy, other = (make_model(algorithm, seed=seed).policy for seed in (0, 1))
+    observations, weights = th.randn(5, 3), dict(other.named_parameters())
+    policy(observations), policy(observations, deterministic=True)
+    for deterministic in (False, True):
+        th.manual_seed(0)
+        actions = th.func.functional_call(policy, weights, (observations,), dict(deterministic=deterministic))
+        th.manual_seed(0)
+        assert th.equal(actions, other(observations, deterministic=deterministic))
+
+
+def test_inference_mode(algorithm: Algorithm, tmp_path: Path) -> None:
+    """Acting within it leaves nothing behind; a model that was loaded within it acts, as SAC's does."""
+    model = make_model(algorithm, seed=0).learn(20)
+    observations = observations_for(model)
+    expected = sample_of(model.policy, observations), model.predict(observations, deterministic=True)[0]
+    model.save(tmp_path / "model")
+    with th.inference_mode():
+        loaded = algorithm.load(tmp_path / "model", device="cpu")
+        for policy in (model.policy, loaded.policy):
+            assert np.allclose(sample_of(policy, observations), expected[0], atol=1e-5)
+            assert np.allclose(policy.predict(observations, deterministic=True)[0], expected[1], atol=1e-5)
+    assert np.allclose(sample_of(loaded.policy, observations), expected[0], atol=1e-5)
+    assert np.allclose(loaded.predict(observations, deterministic=True)[0], expected[1], atol=1e-5)
+    model.learn(10, reset_num_timesteps=False)
+
+
+class Actions(nn.Module):
+    """What an exported policy computes."""
+
+    def __init__(self, policy: Any, deterministic: bool):
+        super().__init__()
+        self.policy, self.deterministic = policy, deterministic
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return self.policy(observations, deterministic=self.deterministic)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace")
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("method", ["trace a row", "trace a batch", "export"])
+def test_recorded_policies_act_for_other_batches(algorithm: Algorithm, method: str, deterministic: bool) -> None:
+    """Also for batches that are cut into chunks otherwise."""
+    model = make_model(algorithm).learn(20)
+    model.policy.set_training_mode(False)
+    actions = Actions(model.policy, deterministic)
+    recorded: Any
+    with th.no_grad():
+        if method == "export":
+            batch = th.export.Dim("batch")
+            recorded = th.export.export(actions, (th.randn(4, 3),), dynamic_shapes=({0: batch},)).module()
+        else:
+            recorded = th.jit.trace(actions, (th.randn(1 if method == "trace a row" else 4, 3),), check_trace=False)
+        for n in (1, 2, 7, 2000):
+            observations = th.randn(n, 3)
+            th.manual_seed(0)
+            expected = actions(observations)
+            th.manual_seed(0)
+            difference = (recorded(observations) - expected).abs().amax(dim=1)
+            # Of two nearly equal candidates either may win
+            assert difference.shape == (n,) and (difference < 1e-5).float().mean() > 0.99
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace")
+def test_recorded_policies_of_dict_observations(algorithm: Algorithm) -> None:
+    space = spaces.Dict(image=spaces.Box(0, 255, (1, 36, 36), np.uint8), vector=spaces.Box(-1, 1, (3,), np.float32))
+    model = make_model(algorithm, RandomEnv(space), policy="MultiInputPolicy", buffer_size=10)
+    model.policy.set_training_mode(False)
+
+    def batch(n: int) -> Any:
+        return {key: th.as_tensor(np.stack([space[key].sample() for _ in range(n)])) for key in space}
+
+    actions = Actions(model.policy, deterministic=True)
+    with th.no_grad():
+        recorded = th.jit.trace(actions, (batch(2),), check_trace=False)
+        for n in (1, 5):
+            observations = batch(n)
+            assert th.allclose(recorded(observations), actions(observations), atol=1e-5)
+
+
+def test_autocast(algorithm: Algorithm) -> None:
+    """Actions are float32 within it, and learning goes on; nothing of it is left outside."""
+    model = make_model(algorithm, seed=0).learn(20)
+    observations = observations_for(model)
+    expected = sample_of(model.policy, observations)
+    with th.autocast("cpu", dtype=th.bfloat16):
+        for deterministic in (False, True):
+            assert model.predict(observations, deterministic=deterministic)[0].dtype == np.float32
+        rounded = sample_of(model.policy, observations)
+    assert 0 < np.abs(rounded - expected).max() < 0.2
+    assert np.array_equal(sample_of(model.policy, observations), expected)
+    with th.autocast("cpu", dtype=th.bfloat16):
+        model.learn(20, reset_num_timesteps=False)
+    assert all(p.dtype == th.float32 and th.isfinite(p).all() for p in model.policy.parameters())
+
+
+def test_hooks_fire_in_prediction_and_training(algorithm: Algorithm) -> None:
+    """On the actor as a whole and on every part; on every part of the critics, whose own call is for others."""
+    model = make_model(algorithm).learn(12)
+    policy, seen, with_gradient = model.policy, set(), set()
+
+    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        seen.add(module)
+        if th.is_grad_enabled():
+            with_gradient.add(module)
+
+    handles = [module.register_forward_hook(hook) for module in policy.modules() if module is not policy]
+    model.predict(observations_for(model), deterministic=False)
+    assert seen == set(policy.actor.modules())
+    seen.clear()
+    model.predict(observations_for(model), deterministic=True)
+    parts = {policy.critic, policy.critic_target, policy.critic.q_networks, policy.critic_target.q_networks}
+    assert seen == (set(policy.actor.modules()) | set(policy.critic_target.modules())) - parts
+    model.train(1, batch_size=8)
+    assert seen == set(policy.modules()) - parts - {policy}
+    trained = set(policy.modules()) - set(policy.critic_target.modules()) - parts - {policy}
+    assert with_gradient == trained
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize("part", ["", "network", "network.mlp", "network.mlp.input_layer", "network.mlp.body.3"])
+def test_hooks_may_replace_outputs(algorithm: Algorithm, part: str) -> None:
+    """As in the ablation of a unit."""
+    model = make_model(algorithm).learn(12)
+    observations = observations_for(model)
+    before = sample_of(model.policy, observations), model.predict(observations, deterministic=True)[0]
+    handle = model.actor.get_submodule(part).register_forward_hook(lambda module, inputs, output: 0 * output)
+    assert not np.array_equal(sample_of(model.policy, observations), before[0])
+    assert not np.array_equal(model.predict(observations, deterministic=True)[0], before[1])
+    handle.remove()
+    assert np.array_equal(sample_of(model.policy, observations), before[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [partial(prune.l1_unstructured, name="weight", amount=0.5), parametrizations.weight_norm, parametrizations.spectral_norm],
+    ids=["pruned", "weight norm", "spectral norm"],
+)
+def test_a_changed_first_layer_trains_on(algorithm: Algorithm, change: Any) -> None:
+    """Pruned weights stay 0 in every use; after training, a sample uses the weights as they are then."""
+    model = make_model(algorithm, seed=0).learn(12)
+    layer = model.actor.network.mlp.input_layer
+    change(layer)
+    model.learn(20, reset_num_timesteps=False)
+    observations = observations_for(model)
+    actions = sample_of(model.policy, observations)
+    # The same weights without the change
+    weight = layer.weight.detach().clone()
+    if hasattr(layer, "weight_mask"):
+        assert (weight == 0).sum() == weight.numel() // 2
+        prune.remove(layer, "weight")
+    else:
+        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+    with th.no_grad():
+        layer.weight.copy_(weight)
+    assert np.allclose(sample_of(model.policy, observations), actions, atol=1e-6)
+
+
+@pytest.mark.parametrize("whom", ["actor.features_extractor", "critic_target", "critic_target.features_extractor", ""])
+def test_prediction_is_in_evaluation_mode_whoever_trained_a_part(algorithm: Algorithm, whom: str) -> None:
+    model = make_model(algorithm, policy_kwargs=dict(features_extractor_class=SmallExtractor)).learn(20)
+    observation = model.observation_space.sample()
+    expected, _ = model.predict(observation, deterministic=True)
+    state = {name: value.clone() for name, value in model.policy.state_dict().items()}
+    for _ in range(10):
+        model.policy.get_submodule(whom).train()
+        assert np.array_equal(model.predict(observation, deterministic=True)[0], expected)
+        model.policy.get_submodule(whom).train()
+        model.predict(observations_for(model))
+    assert not any(module.training for module in model.policy.modules())
+    assert_equal(state, dict(model.policy.state_dict()))
+    model.policy.train()
+    model.train(1, batch_size=8)
+    assert model.actor.training and not any(module.training for module in model.critic_target.modules())
+
+
+class FrozenNorm(SmallExtractor):
+    """Statistics that stay as they are in training, too."""
+
+    def train(self, mode: bool = True) -> FrozenNorm:
+        super().train(mode)
+        self.layers[1].eval()
+        return self
+
+
+def test_parts_may_decide_on_their_mode(algorithm: Algorithm) -> None:
+    model = make_model(algorithm, policy_kwargs=dict(features_extractor_class=FrozenNorm)).learn(20)
+    assert (model.actor.features_extractor.layers[1].running_mean == 0).all()
+    model.policy.set_training_mode(True)
+    assert model.actor.features_extractor.layers[2].training and not model.actor.features_extractor.layers[1].training
 
 
 # Callbacks, logging, evaluation

@@ -1,12 +1,16 @@
 """Networks: the fast paths equal the plain formulation."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import plain
 import pytest
 import torch as th
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils import parametrizations, prune
 
 from sb3_mfpo.common import torch_layers
 from sb3_mfpo.common.torch_layers import FlowMLP, MultiInputMLP, TanhGELU, TimeEmbedding, embed_grid, in_chunks
@@ -92,6 +96,107 @@ def test_tangents_are_those_of_forward_mode(
     for probe, product in zip(probes, products, strict=True):
         _, expected = th.func.jvp(lambda a: plain_call(network, features, a, t, length), (actions,), (probe,))
         assert th.allclose(product, expected, atol=1e-12)
+
+
+def double_output(network: FlowMLP, name: str) -> None:
+    network.get_submodule(name).register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def prune_first_layer(network: FlowMLP) -> None:
+    prune.l1_unstructured(network.mlp.input_layer, "weight", 0.5)
+
+
+def replace_forward(network: FlowMLP) -> None:
+    def tripled(*inputs: th.Tensor) -> th.Tensor:
+        return 3 * MultiInputMLP.forward(network.mlp, *inputs)
+
+    network.mlp.forward = tripled
+
+
+def own_layer(network: FlowMLP) -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: th.Tensor) -> th.Tensor:
+            return 2 * super().forward(x)
+
+    network.mlp.body[1] = Doubled(16, 12).double()
+
+
+CHANGES: dict[str, Callable[[FlowMLP], Any]] = {
+    **{
+        f"hook on {name or 'network'}": partial(double_output, name=name)
+        for name in (
+            "",
+            "mlp",
+            "mlp.input_layer",
+            "mlp.body",
+            "mlp.body.0",
+            "mlp.body.1",
+            "time_embedding",
+            "time_embedding.mlp.0",
+        )
+    },
+    "backward hook": lambda network: network.mlp.register_full_backward_hook(lambda *args: None),
+    "pruned first layer": prune_first_layer,
+    "weight norm": lambda network: parametrizations.weight_norm(network.mlp.input_layer),
+    "old weight norm": lambda network: nn.utils.weight_norm(network.mlp.body[1]),
+    "spectral norm": lambda network: parametrizations.spectral_norm(network.mlp.body[1]),
+    "forward of the instance": replace_forward,
+    "own layer": own_layer,
+    "constant": lambda network: network.register_forward_hook(lambda *args: th.ones(9, 2).double()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+@pytest.mark.parametrize("change", CHANGES)
+def test_tangents_of_a_changed_network_are_those_of_its_calls(change: str) -> None:
+    """Hooks, pruning and parametrizations act on the output and on its derivatives."""
+    networks = []
+    for _ in range(2):
+        th.manual_seed(0)
+        networks.append(FlowMLP(4, 3, 2, [16, 12], TanhGELU, False, 8, 6, instantaneous=False).double())
+        CHANGES[change](networks[-1])
+    # Norms are iterated in a call
+    network, twin = networks
+    inputs = [th.randn(9, 4).double(), th.randn(9, 3).double(), th.rand(9, 1).double(), th.rand(9, 1).double()]
+    vector, one = th.randn(9, 3).double(), th.ones(9, 1).double()
+    expected, derivative = th.func.jvp(partial(plain_call, twin, inputs[0]), tuple(inputs[1:]), (vector, one, one))
+    output, push_forward = network.linearize(*inputs)
+    assert th.allclose(output, expected, atol=1e-12)
+    assert th.allclose(push_forward(vector, one), derivative, atol=1e-12)
+    rows = slice(6, None)
+    assert th.allclose(push_forward(vector[rows], one[rows], rows=rows), derivative[rows], atol=1e-12)
+    both = push_forward(th.stack([vector, 2 * vector]))
+    assert both.shape == (2, 9, 2) and th.allclose(both[1], 2 * both[0], atol=1e-12)
+    with th.no_grad():
+        assert not network.linearize(*inputs)[0].requires_grad
+
+
+@pytest.mark.parametrize("activation_fn", [nn.RReLU, lambda: nn.Dropout(0.5)], ids=["RReLU", "Dropout"])
+def test_tangents_share_the_random_numbers_of_the_output(activation_fn: Callable[[], nn.Module]) -> None:
+    network = FlowMLP(4, 3, 2, [16, 12], activation_fn, True, 8, 6, instantaneous=False).double()
+    inputs = [th.randn(9, 4).double(), th.randn(9, 3).double(), th.rand(9, 1).double(), th.rand(9, 1).double()]
+    output, push_forward = network.linearize(*inputs)
+    vector, one, small = th.randn(9, 3).double(), th.ones(9, 1).double(), 1e-6
+    # The output is linear in a small step, unless other units are dropped
+    state = th.get_rng_state()
+    th.manual_seed(0)
+    output, push_forward = network.linearize(*inputs)
+    th.manual_seed(0)
+    moved = network.linearize(
+        inputs[0], *(point + small * tangent for point, tangent in zip(inputs[1:], (vector, one, one), strict=True))
+    )[0]
+    th.set_rng_state(state)
+    assert th.allclose((moved - output) / small, push_forward(vector, one), atol=1e-4)
+
+
+def test_global_hooks_see_every_module_of_a_network() -> None:
+    network = FlowMLP(4, 3, 2, [16, 12], TanhGELU, True, 8, 6, instantaneous=False)
+    inputs = th.randn(9, 4), th.randn(9, 3), th.rand(9, 1), th.rand(9, 1)
+    seen = []
+    handle = register_module_forward_hook(lambda module, *args: seen.append(module))
+    network.linearize(*inputs)
+    handle.remove()
+    assert set(seen) == set(network.modules()) and len(seen) == len(set(seen))
 
 
 def test_the_linearised_output_has_the_gradient_of_forward() -> None:

@@ -21,7 +21,7 @@ from sb3_mfpo.common.checks import check_choice, check_integer, check_range
 from sb3_mfpo.common.critics import CategoricalCritic, Critic, FeaturesModel, ScalarCritic
 from sb3_mfpo.common.files import replacing
 from sb3_mfpo.common.mean_flow import few_step_sample
-from sb3_mfpo.common.torch_layers import FlowMLP, TanhGELU, embed_grid, in_chunks, is_bare, linearize_call
+from sb3_mfpo.common.torch_layers import FlowMLP, TanhGELU, embed_grid, in_chunks, is_bare, is_traced, linearize_call
 
 CRITIC_TYPES = ("categorical", "scalar")
 CRITIC_REDUCTIONS = ("min", "mean")
@@ -469,7 +469,8 @@ class FlowPolicy(BasePolicy):
         """
         noise = self.candidate_noise.expand(features.shape[0], -1, -1)
         candidates = self.act(features.unsqueeze(1), noise)
-        if candidates.shape[1] == 1:
+        # Sizes are no plain numbers in `torch.jit.trace`
+        if not is_traced() and candidates.shape[1] == 1:
             return candidates.squeeze(1)
         q_values = self.critic_target.q_values(self.critic_target.encode(observation).unsqueeze(1), candidates)
         best = reduce_values(q_values, self.critic_reduction).argmax(dim=1)
