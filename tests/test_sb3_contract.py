@@ -6,6 +6,7 @@ import copy
 import inspect
 import pickle
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from sb3_mfpo import MFPO, SOM
 from sb3_mfpo.common.off_policy import FlowAlgorithm
-from tests.helpers import SMALL_POLICY, Algorithm, RandomEnv, assert_equal, make_model
+from tests.helpers import SMALL, SMALL_POLICY, Algorithm, RandomEnv, assert_equal, make_model
 
 DEVICES = ["cpu", *(["cuda"] if th.cuda.is_available() else [])]
 OPTIMIZERS: dict[Algorithm, set[str]] = {
@@ -207,6 +208,36 @@ def test_custom_policy_kwargs_survive_saving(algorithm: Algorithm, tmp_path: Pat
     assert isinstance(policy.actor.optimizer, th.optim.AdamW)
     assert (policy.critic.features_extractor is policy.actor.features_extractor) == share
     assert policy.critic_target.features_extractor is not policy.actor.features_extractor
+    observations = observations_for(model)
+    expected, _ = model.predict(observations, deterministic=True)
+    assert np.array_equal(loaded.predict(observations, deterministic=True)[0], expected)
+
+
+@pytest.mark.parametrize("kind", ["defaults of its own", "partial", "function"])
+def test_policies_of_ones_own(algorithm: Algorithm, tmp_path: Path, kind: str) -> None:
+    """Whatever makes a policy is accepted, as by SAC; what it leaves open may be filled in before the base is called."""
+    base: Any = algorithm.policy_base
+
+    class Own(base):
+        """The value range follows from a largest reward unless it is given."""
+
+        def __init__(
+            self, *args: Any, v_min: float | None = None, v_max: float | None = None, n_critics: Any = None, **kwargs: Any
+        ):
+            super().__init__(*args, v_min=v_min or -100.0, v_max=v_max or 100.0, n_critics=n_critics or 3, **kwargs)
+
+    policies = {
+        "defaults of its own": Own,
+        "partial": partial(base, n_critics=3),
+        "function": lambda *args, **kwargs: base(*args, n_critics=3, **kwargs),
+    }
+    policy_kwargs = {name: value for name, value in SMALL_POLICY.items() if name not in ("v_min", "v_max")}
+    if kind == "defaults of its own":
+        policy_kwargs |= dict(v_min=None)
+    model = algorithm(policies[kind], RandomEnv(), **SMALL[algorithm], policy_kwargs=policy_kwargs).learn(20)
+    assert len(model.critic.q_networks) == 3
+    model.save(tmp_path / "model")
+    loaded = algorithm.load(tmp_path / "model", device="cpu")
     observations = observations_for(model)
     expected, _ = model.predict(observations, deterministic=True)
     assert np.array_equal(loaded.predict(observations, deterministic=True)[0], expected)
