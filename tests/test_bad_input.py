@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -193,6 +194,22 @@ def test_policy_of_another_algorithm(algorithm: Algorithm) -> None:
         algorithm(SACPolicy, UntouchedEnv(), replay_buffer_class=UnusedBuffer)
     with pytest.raises(ValueError, match="Policy LstmPolicy unknown"):
         algorithm("LstmPolicy", UntouchedEnv(), replay_buffer_class=UnusedBuffer)
+
+
+def test_what_makes_no_policy(algorithm: Algorithm) -> None:
+    with pytest.raises(ValueError, match=rf"`policy` must be one of .* or a subclass of `{algorithm.__name__}Policy`"):
+        algorithm(lambda observation_space, *args, **kwargs: SACPolicy(observation_space, *args), RandomEnv(), buffer_size=10)
+
+
+def test_arguments_of_ones_own_policy_are_checked_by_its_base(algorithm: Algorithm) -> None:
+    class Own(algorithm.policy_base):
+        def __init__(self, *args: Any, n_critics: int | None = None, **kwargs: Any):
+            super().__init__(*args, n_critics=5 if n_critics is None else n_critics, **kwargs)
+
+    with pytest.raises(ValueError, match="`n_critics` must be an integer of at least 1, not 0"):
+        make_model(algorithm, policy=Own, policy_kwargs=dict(n_critics=0))
+    with pytest.raises(ValueError, match="`n_critics` must be an integer of at least 1, not 0"):
+        make_model(algorithm, policy=partial(algorithm.policy_base, n_critics=0))
 
 
 def test_nan_bounds(algorithm: Algorithm) -> None:

@@ -180,21 +180,27 @@ class FlowAlgorithm(OffPolicyAlgorithm):
         check_choice("critic_reduction", self.critic_reduction, CRITIC_REDUCTIONS)
         for name in ("compile_step", "onednn_matmul", "allow_non_finite_observations"):
             check_choice(name, getattr(self, name), (True, False))
-        if not issubclass(self.policy_class, self.policy_base):
-            raise ValueError(
-                f"`policy` must be one of {list(self.policy_aliases)} or a subclass of `{self.policy_base.__name__}`, not "
-                f"{self.policy_class}."
-            )
+        # Anything else that makes a policy is asked for it first
+        if isinstance(self.policy_class, type) and not issubclass(self.policy_class, self.policy_base):
+            raise self._wrong_policy()
         if "critic_reduction" in self.policy_kwargs:
             raise ValueError(
                 f"`critic_reduction` is an argument of {type(self).__name__} itself, which hands it to the policy: move it "
                 "there."
             )
-        self.policy_class.check_arguments(**self.policy_kwargs)
+        # A constructor of a user's own may take other arguments, and checks what it makes of them
+        if getattr(self.policy_class, "__init__", None) is self.policy_base.__init__:
+            self.policy_base.check_arguments(**self.policy_kwargs)
 
         low, high = self.action_space.low, self.action_space.high  # type: ignore[attr-defined]
         if not (low < high).all():
             raise ValueError(f"Every lower bound of the action space must be below the upper bound, not {self.action_space}.")
+
+    def _wrong_policy(self) -> ValueError:
+        return ValueError(
+            f"`policy` must be one of {list(self.policy_aliases)} or a subclass of `{self.policy_base.__name__}`, or make "
+            f"one, not {self.policy_class}."
+        )
 
     def _warn_of_unusual_settings(self) -> None:
         low, high = self.action_space.low, self.action_space.high  # type: ignore[attr-defined]
@@ -215,6 +221,8 @@ class FlowAlgorithm(OffPolicyAlgorithm):
         self._check_arguments()
         self._warn_of_unusual_settings()
         super()._setup_model()
+        if not isinstance(self.policy, self.policy_base):
+            raise self._wrong_policy()
         self.policy.critic_reduction = self.critic_reduction
         self._runner = StepRunner(self.device, self.compile_step)
         self._uses_onednn = self._check_onednn()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,9 +22,18 @@ from sb3_mfpo.common.files import replacing
 from sb3_mfpo.common.mean_flow import few_step_sample
 from sb3_mfpo.common.torch_layers import FlowMLP, TanhGELU, embed_grid, in_chunks, is_bare, is_traced, linearize_call
 
-CRITIC_TYPES = ("categorical", "scalar")
 CRITIC_REDUCTIONS = ("min", "mean")
-VALUE_INITS = ("uniform", "narrow")
+CHOICES = {
+    "critic_type": ("categorical", "scalar"),
+    "value_init": ("uniform", "narrow"),
+    "critic_reduction": CRITIC_REDUCTIONS,
+}
+MINIMA = {
+    **dict.fromkeys(("sampling_steps", "n_action_candidates", "n_critics", "time_embedding_dim"), 1),
+    **dict.fromkeys(("n_atoms", "time_fourier_dim"), 2),
+}
+# The paper's value range
+V_MIN, V_MAX = -1600.0, 1600.0
 
 
 def spread_noise(n_points: int, dim: int) -> th.Tensor:
@@ -176,8 +184,8 @@ class FlowPolicy(BasePolicy):
         n_action_candidates: int = 10,
         n_critics: int = 2,
         n_atoms: int = 101,
-        v_min: float = -1600.0,
-        v_max: float = 1600.0,
+        v_min: float = V_MIN,
+        v_max: float = V_MAX,
         value_init: str = "uniform",
         critic_reduction: str = "min",
         features_extractor_class: type[BaseFeaturesExtractor] | None = None,
@@ -233,36 +241,32 @@ class FlowPolicy(BasePolicy):
     @classmethod
     def check_arguments(cls, **kwargs: Any) -> None:
         """
-        Check arguments of the constructor, those not given by their defaults.
+        Check arguments of this class's constructor. Those of a subclass may mean something else: its constructor is what calls
+        this one.
 
         :param kwargs: Arguments by name; unknown names are left to the constructor
         :raises ValueError: If one is out of range; the message names it
         """
-        values: dict[str, Any] = {}
-        for base in reversed(cls.__mro__):
-            values |= {name: parameter.default for name, parameter in inspect.signature(base).parameters.items()}
-        values |= kwargs
-
-        for name in ("sampling_steps", "n_action_candidates", "n_critics", "time_embedding_dim"):
-            check_integer(name, values[name], minimum=1)
-        for name in ("n_atoms", "time_fourier_dim"):
-            check_integer(name, values[name], minimum=2)
-        if values["time_fourier_dim"] % 2 == 1:
-            raise ValueError(f"`time_fourier_dim` must be even (cosines and sines), not {values['time_fourier_dim']}.")
-        check_choice("critic_type", values["critic_type"], CRITIC_TYPES)
-        check_choice("value_init", values["value_init"], VALUE_INITS)
-        check_choice("critic_reduction", values["critic_reduction"], CRITIC_REDUCTIONS)
-        check_range("v_min", values["v_min"])
-        check_range("v_max", values["v_max"])
-        if values["v_min"] >= values["v_max"]:
+        for name, minimum in MINIMA.items():
+            if name in kwargs:
+                check_integer(name, kwargs[name], minimum)
+        if kwargs.get("time_fourier_dim", 0) % 2 == 1:
+            raise ValueError(f"`time_fourier_dim` must be even (cosines and sines), not {kwargs['time_fourier_dim']}.")
+        for name, choices in CHOICES.items():
+            if name in kwargs:
+                check_choice(name, kwargs[name], choices)
+        v_min, v_max = kwargs.get("v_min", V_MIN), kwargs.get("v_max", V_MAX)
+        check_range("v_min", v_min)
+        check_range("v_max", v_max)
+        if v_min >= v_max:
             raise ValueError(
-                f"`v_min` must be below `v_max`, not v_min={values['v_min']}, v_max={values['v_max']}. They should enclose "
-                "all discounted returns of the task."
+                f"`v_min` must be below `v_max`, not v_min={v_min}, v_max={v_max}. They should enclose all discounted returns "
+                "of the task."
             )
-        if values["net_arch"] is not None:
-            for arch in get_actor_critic_arch(values["net_arch"]):
+        if kwargs.get("net_arch") is not None:
+            for arch in get_actor_critic_arch(kwargs["net_arch"]):
                 if len(arch) == 0:
-                    raise ValueError(f"`net_arch` needs a hidden layer for actor and critic, not {values['net_arch']!r}.")
+                    raise ValueError(f"`net_arch` needs a hidden layer for actor and critic, not {kwargs['net_arch']!r}.")
                 for width in arch:
                     check_integer("net_arch", width, minimum=1)
 
