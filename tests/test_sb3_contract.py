@@ -358,6 +358,13 @@ def test_no_observations_give_no_actions(algorithm: Algorithm) -> None:
             assert actions.shape == (0, 2)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_an_empty_batch_gives_no_actions(algorithm: Algorithm, deterministic: bool) -> None:
+    empty = np.empty((0, 3), np.float32)
+    expected = SAC("MlpPolicy", RandomEnv(), buffer_size=10).predict(empty, deterministic=deterministic)[0]
+    assert make_model(algorithm).predict(empty, deterministic=deterministic)[0].shape == expected.shape == (0, 2)
+
+
 def test_deterministic_prediction_draws_no_random_numbers(algorithm: Algorithm) -> None:
     model = make_model(algorithm)
     state = th.get_rng_state()
