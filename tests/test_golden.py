@@ -240,8 +240,7 @@ def critic_gradients(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
     for case in REDUCTIONS:
         model = golden_model()
         losses = record_calls(monkeypatch, categorical, "cross_entropy")
-        features = model.critic.encode(g["batch/obs"])
-        loss, _ = model.critic.loss(features, g["batch/act"], g[f"target/{case}/dist"])
+        loss, _ = model.critic.loss(model.critic(g["batch/obs"], g["batch/act"], raw=True), g[f"target/{case}/dist"])
         loss.backward()
         for i, network in enumerate(model.critic.q_networks):
             out[f"target/{case}/loss_{i + 1}"] = losses[-1][i]

@@ -163,10 +163,11 @@ def test_the_backup_has_no_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = model.replay_buffer.sample(8)
     draws = model._draw(8)
     with th.no_grad():
-        expected = model.policy.act(model.actor.encode(batch.next_observations), draws.next_noise)
+        next_actions = model.policy.act(model.actor.encode(batch.next_observations), draws.next_noise)
+        expected = model.critic_target(batch.next_observations, next_actions, raw=True)
     model._update(batch, draws)
-    ((_, next_actions, rewards, discounts, bonus, _),) = calls
-    assert th.allclose(next_actions, expected, atol=1e-6)
+    ((outputs, rewards, discounts, bonus, _),) = calls
+    assert th.allclose(outputs, expected, atol=1e-6)
     assert bonus.item() == 0
     assert th.equal(rewards, batch.rewards)
     assert th.allclose(discounts, (1 - batch.dones) * model.gamma)

@@ -102,15 +102,17 @@ class Critic(FeaturesModel):
         # Within `autocast` layers return fewer digits
         return th.stack([q_network(features, actions).to(actions.dtype) for q_network in self.q_networks])
 
-    def forward(self, observations: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, ...]:
+    def forward(self, observations: PyTorchObs, actions: th.Tensor, raw: bool = False) -> tuple[th.Tensor, ...] | th.Tensor:
         """
-        Q-values in the form of SB3's ``ContinuousCritic``.
+        Q-values in the form of SB3's ``ContinuousCritic``, or what they are read off.
 
         :param observations: Batch of observations
         :param actions: Actions in [-1, 1], shape (B, d)
-        :return: One tensor of shape (B, 1) per critic, in units of return
+        :param raw: Whether to return the raw outputs, which training takes
+        :return: One tensor of shape (B, 1) per critic, in units of return; raw outputs, shape (n_critics, B, output_dim)
         """
-        return tuple(self.q_values(self.encode(observations), actions).unsqueeze(-1))
+        features = self.encode(observations)
+        return self.outputs(features, actions) if raw else tuple(self.q_values(features, actions).unsqueeze(-1))
 
     def q_values(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
         """
@@ -136,8 +138,7 @@ class Critic(FeaturesModel):
     @abstractmethod
     def bellman_target(
         self,
-        features: th.Tensor,
-        actions: th.Tensor,
+        outputs: th.Tensor,
         rewards: th.Tensor,
         discounts: th.Tensor,
         bonus: th.Tensor,
@@ -146,8 +147,7 @@ class Critic(FeaturesModel):
         """
         Soft Bellman target from this critic's values at the next state.
 
-        :param features: Next state's features, shape (B, features_dim)
-        :param actions: Next actions in [-1, 1], shape (B, d)
+        :param outputs: This critic's raw outputs there, shape (n_critics, B, output_dim)
         :param rewards: shape (B, 1)
         :param discounts: Discount factors, zero where the episode terminated, shape (B, 1)
         :param bonus: Entropy bonus -alpha log pi(a' | s'), shape (B, 1)
@@ -156,10 +156,9 @@ class Critic(FeaturesModel):
         """
 
     @abstractmethod
-    def loss(self, features: th.Tensor, actions: th.Tensor, target: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    def loss(self, outputs: th.Tensor, target: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
-        :param features: State features, shape (B, features_dim)
-        :param actions: Actions in [-1, 1], shape (B, d)
+        :param outputs: This critic's raw outputs, shape (n_critics, B, output_dim)
         :param target: From ``bellman_target``
         :return: Loss, summed over the critics and averaged over the batch, a scalar; mean expected return, a scalar
         """
@@ -192,23 +191,21 @@ class CategoricalCritic(Critic):
 
     def bellman_target(
         self,
-        features: th.Tensor,
-        actions: th.Tensor,
+        outputs: th.Tensor,
         rewards: th.Tensor,
         discounts: th.Tensor,
         bonus: th.Tensor,
         reduction: str,
     ) -> tuple[th.Tensor, th.Tensor]:
-        probs = self.outputs(features, actions).softmax(dim=-1)
+        probs = outputs.softmax(dim=-1)
         positions = categorical.bellman_atoms(rewards, discounts, bonus, self.atoms)
         target = categorical.reduce_distributions(categorical.project(probs, positions, self.atoms), self.atoms, reduction)
         return target, categorical.clipped_mass(probs, positions, self.atoms).mean()
 
-    def loss(self, features: th.Tensor, actions: th.Tensor, target: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        logits = self.outputs(features, actions)
+    def loss(self, outputs: th.Tensor, target: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         with th.no_grad():
-            q_value = self.expected_return(logits).mean()
-        return categorical.cross_entropy(logits, target).sum(), q_value
+            q_value = self.expected_return(outputs).mean()
+        return categorical.cross_entropy(outputs, target).sum(), q_value
 
 
 class ScalarCritic(Critic):
@@ -226,17 +223,15 @@ class ScalarCritic(Critic):
 
     def bellman_target(
         self,
-        features: th.Tensor,
-        actions: th.Tensor,
+        outputs: th.Tensor,
         rewards: th.Tensor,
         discounts: th.Tensor,
         bonus: th.Tensor,
         reduction: str,
     ) -> tuple[th.Tensor, th.Tensor]:
-        next_values = categorical.reduce_values(self.outputs(features, actions), reduction)
+        next_values = categorical.reduce_values(outputs, reduction)
         return rewards + discounts * (next_values + bonus), rewards.new_zeros(())
 
-    def loss(self, features: th.Tensor, actions: th.Tensor, target: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        values = self.outputs(features, actions)
+    def loss(self, outputs: th.Tensor, target: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         # The factor is SB3's (SAC): the gradient of half the squared error is the error
-        return 0.5 * F.mse_loss(values, target.expand_as(values)) * len(values), values.detach().mean()
+        return 0.5 * F.mse_loss(outputs, target.expand_as(outputs)) * len(outputs), outputs.detach().mean()

@@ -589,14 +589,13 @@ class FlowAlgorithm(OffPolicyAlgorithm):
         with th.no_grad():
             next_actions, bonus = self._next_actions(batch.next_observations, *sampling)
             target, clipped = self.critic_target.bellman_target(
-                self.critic_target.encode(batch.next_observations),
-                next_actions,
+                self.critic_target(batch.next_observations, next_actions, raw=True),
                 batch.rewards,
                 discounts,
                 bonus,
                 self.critic_reduction,
             )
-        loss, q_value = self.critic.loss(self.critic.encode(batch.observations), batch.actions, target)
+        loss, q_value = self.critic.loss(self.critic(batch.observations, batch.actions, raw=True), target)
         return loss, {"q_value": q_value, "clipped_target_mass": clipped}
 
     def _update_target(self) -> None:
