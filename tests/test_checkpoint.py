@@ -311,7 +311,9 @@ NESTED: dict[str, Callable[[BaseCallback], BaseCallback]] = {
 def evaluating(**kwargs: Any) -> EvalCallback:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return EvalCallback(Monitor(RandomEnv()), eval_freq=10, n_eval_episodes=1, verbose=0, **kwargs)
+        env = RandomEnv()
+        env.observation_space.seed(0)
+        return EvalCallback(Monitor(env), eval_freq=10, n_eval_episodes=1, verbose=0, **kwargs)
 
 
 @pytest.mark.parametrize("how", NESTED)
@@ -687,7 +689,12 @@ def test_a_process_that_is_forked_in_training_ends_by_a_signal(kind: signal.Sign
                 process.kill()
             return True
 
-    make_model(MFPO).learn(14, callback=[RunCheckpointCallback(1000, tmp_path), Fork()])
+    # Libraries that other tests import have handlers of their own
+    handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        make_model(MFPO).learn(14, callback=[RunCheckpointCallback(1000, tmp_path), Fork()])
+    finally:
+        signal.signal(signal.SIGTERM, handler)
     # SIGINT is an exception in Python
     assert codes == [-signal.SIGTERM if kind is signal.SIGTERM else 1]
 

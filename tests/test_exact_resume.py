@@ -20,6 +20,7 @@ import pytest
 from dm_control import suite
 from gymnasium import spaces, wrappers
 from gymnasium.envs.classic_control import PendulumEnv
+from rl_zoo3.gym_patches import PatchedTimeLimit
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import (
@@ -118,6 +119,10 @@ def test_several_environments_go_on(vec_env_class: type) -> None:
 # Wrappers
 
 
+# Gymnasium's own, whoever has imported rl_zoo3 before
+time_limit: Any = PatchedTimeLimit.__base__
+
+
 def pendulum() -> gym.Env:
     return gym.make("Pendulum-v1", max_episode_steps=20)
 
@@ -141,8 +146,10 @@ def keep(value: Any) -> Any:
 
 # What makes an environment with the wrapper, by the wrapper's name
 LAYERS: dict[str, Callable[[], gym.Env]] = {
+    # Here as in a process of the zoo, which has replaced it
+    "TimeLimit": lambda: time_limit(PendulumEnv(), 20),
+    "PatchedTimeLimit": pendulum,
     # These are part of what `gymnasium.make` returns
-    "TimeLimit": pendulum,
     "OrderEnforcing": pendulum,
     "PassiveEnvChecker": pendulum,
     "DMControlTask": lambda: make_dm_control("dm_control/pendulum-swingup-v0"),

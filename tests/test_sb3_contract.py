@@ -913,6 +913,81 @@ def test_parts_may_decide_on_their_mode(algorithm: Algorithm) -> None:
     assert model.actor.features_extractor.layers[2].training and not model.actor.features_extractor.layers[1].training
 
 
+ACTIVATIONS: dict[str, Any] = {
+    "in place": partial(nn.ReLU, inplace=True),
+    "with weights": nn.PReLU,
+    "random": nn.RReLU,
+    "dropout": partial(nn.Dropout, 0.2),
+    "of all units": partial(nn.Softmax, dim=-1),
+    "none": nn.Identity,
+}
+
+
+class OwnOptimizer(th.optim.Optimizer):
+    """Of a user: positional arguments, nothing fused."""
+
+    def __init__(self, params: Any, lr: float):
+        super().__init__(params, dict(lr=lr))
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.data.add_(parameter.grad, alpha=-group["lr"])
+
+
+OPTIMIZERS_OF_USERS: dict[str, dict[str, Any]] = {
+    "SGD": dict(optimizer_class=th.optim.SGD, optimizer_kwargs=dict(momentum=0.9)),
+    "AMSGrad": dict(optimizer_class=th.optim.AdamW, optimizer_kwargs=dict(amsgrad=True)),
+    "NAdam": dict(optimizer_class=th.optim.NAdam),
+    "of a user": dict(optimizer_class=OwnOptimizer),
+    "partial": dict(optimizer_class=partial(th.optim.Adam, betas=(0.5, 0.9))),
+}
+
+
+@pytest.mark.parametrize("policy_kwargs", [dict(activation_fn=one) for one in ACTIVATIONS.values()], ids=list(ACTIVATIONS))
+def test_activations(algorithm: Algorithm, policy_kwargs: dict[str, Any]) -> None:
+    _trains(algorithm, policy_kwargs)
+
+
+@pytest.mark.parametrize("policy_kwargs", OPTIMIZERS_OF_USERS.values(), ids=list(OPTIMIZERS_OF_USERS))
+def test_optimizers(algorithm: Algorithm, policy_kwargs: dict[str, Any]) -> None:
+    _trains(algorithm, policy_kwargs)
+
+
+def _trains(algorithm: Algorithm, policy_kwargs: dict[str, Any]) -> None:
+    """Every trained network moves, and acts."""
+    model = make_model(algorithm, policy_kwargs=policy_kwargs, seed=0).learn(10)
+    layers = [model.actor.network.mlp.input_layer, model.critic.q_networks[0].input_layer]
+    before = [layer.weight.clone() for layer in layers]
+    model.learn(10, reset_num_timesteps=False)
+    assert not any(th.equal(layer.weight, weight) for layer, weight in zip(layers, before, strict=True))
+    assert np.isfinite(model.predict(observations_for(model), deterministic=True)[0]).all()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_quantized_policy_acts_nearly_the_same(algorithm: Algorithm) -> None:
+    """Eight bits for weights and activations: the actor's actions stay close for the same noise."""
+    model = make_model(algorithm, seed=0).learn(20)
+    observations = observations_for(model, 50)
+    quantized = th.ao.quantization.quantize_dynamic(copy.deepcopy(model.policy))
+    assert any("quantized" in type(module).__module__ for module in quantized.modules())
+    difference = np.abs(sample_of(quantized, observations) - sample_of(model.policy, observations))
+    assert 0 < np.median(difference) < 0.05
+    for deterministic in (False, True):
+        actions, _ = quantized.predict(observations, deterministic=deterministic)
+        assert np.isfinite(actions).all() and np.abs(actions).max() <= 1
+
+
+def test_a_part_may_be_frozen(algorithm: Algorithm) -> None:
+    model = make_model(algorithm, policy_kwargs=dict(features_extractor_class=SmallExtractor), seed=0).learn(12)
+    extractor, network = model.actor.features_extractor.requires_grad_(False), model.actor.network
+    before = extractor.layers[0].weight.clone(), network.mlp.input_layer.weight.clone()
+    extractor.zero_grad(set_to_none=True)
+    model.learn(10, reset_num_timesteps=False)
+    assert th.equal(before[0], extractor.layers[0].weight) and not th.equal(before[1], network.mlp.input_layer.weight)
+
+
 # Callbacks, logging, evaluation
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -34,6 +35,36 @@ MINIMA = {
 }
 # The paper's value range
 V_MIN, V_MAX = -1600.0, 1600.0
+
+
+def _check_activation(activation_fn: Any) -> None:
+    """
+    :param activation_fn: Makes an activation
+    :raises ValueError: If it makes none, or one that changes the number of units
+    """
+    activation = activation_fn()
+    if not isinstance(activation, nn.Module):
+        raise ValueError(f"`activation_fn` must make a `torch.nn.Module`, as `torch.nn.Tanh` does, not {activation!r}.")
+    units = th.zeros(1, 8)
+    if activation.eval()(units).shape != units.shape:
+        raise ValueError(f"`activation_fn` must keep the number of units, which {activation} does not.")
+
+
+def _check_optimizer(optimizer_class: Any, optimizer_kwargs: dict[str, Any]) -> None:
+    """
+    :param optimizer_class: Makes an optimizer
+    :param optimizer_kwargs: Its further arguments
+    :raises ValueError: If steps cannot be taken with it
+    """
+    if "lr" in optimizer_kwargs:
+        raise ValueError("`optimizer_kwargs` must not hold `lr`: give `learning_rate` to the algorithm.")
+    step = getattr(optimizer_class, "step", None)
+    closure = None if step is None else inspect.signature(step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"`optimizer_class` must take steps without a `closure`, which evaluates the loss again and which "
+            f"{optimizer_class.__name__} needs: a gradient step sees its batch once. Choose another, such as Adam."
+        )
 
 
 def spread_noise(n_points: int, dim: int) -> th.Tensor:
@@ -208,6 +239,9 @@ class FlowPolicy(BasePolicy):
             v_max=v_max,
             value_init=value_init,
             critic_reduction=critic_reduction,
+            activation_fn=activation_fn,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
         )
         super().__init__(
             observation_space,
@@ -269,6 +303,9 @@ class FlowPolicy(BasePolicy):
                     raise ValueError(f"`net_arch` needs a hidden layer for actor and critic, not {kwargs['net_arch']!r}.")
                 for width in arch:
                     check_integer("net_arch", width, minimum=1)
+        if "activation_fn" in kwargs:
+            _check_activation(kwargs["activation_fn"])
+        _check_optimizer(kwargs.get("optimizer_class", th.optim.Adam), kwargs.get("optimizer_kwargs") or {})
 
     @property
     def device(self) -> th.device:

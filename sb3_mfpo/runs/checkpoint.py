@@ -145,7 +145,7 @@ def unfinished(folder: Path, name_prefix: str) -> list[Path]:
 
 def _named(folder: Path, name_prefix: str, suffix: str) -> list[Path]:
     pattern = re.compile(re.escape(name_prefix) + r"_\d+_steps" + re.escape(suffix))
-    return [path for path in folder.iterdir() if pattern.fullmatch(path.name)]
+    return [path for path in folder.glob(f"*{suffix}") if pattern.fullmatch(path.name)]
 
 
 def steps_of(path: Path) -> int:

@@ -58,6 +58,8 @@ WRAPPERS: dict[str, Attributes] = {
     f"{_SB3}vec_env.dummy_vec_env.DummyVecEnv": Attributes(run=("_seeds", "_options")),
     f"{_SB3}vec_env.subproc_vec_env.SubprocVecEnv": Attributes(run=("_seeds", "_options")),
     f"{_COMMON}TimeLimit": Attributes(episode=("_elapsed_steps",)),
+    # rl_zoo3 puts it in the place of Gymnasium's
+    "rl_zoo3.gym_patches.PatchedTimeLimit": Attributes(episode=("_elapsed_steps",)),
     f"{_COMMON}OrderEnforcing": Attributes(episode=("_has_reset",)),
     f"{_COMMON}RecordEpisodeStatistics": Attributes(
         run=("episode_count", "time_queue", "return_queue", "length_queue"),

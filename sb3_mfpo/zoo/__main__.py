@@ -61,6 +61,8 @@ def main() -> None:
             raise UserError(f"unknown command {command!r}, choose from {', '.join(COMMANDS)}, doctor")
         run(command, sys.argv[2:])
     except (UserError, NoRendererError) as error:
+        # What was said before comes before, also where both go to one file
+        sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
