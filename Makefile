@@ -18,7 +18,7 @@ test: $(READY)
 coverage: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
 
-# What takes too long for every change: the toy at full size, 50 kills, hundreds of drawn trainings
+# What takes too long for every change: the toy at full size, 90 kills, hundreds of drawn trainings
 nightly: $(READY)
 	$(BIN)/python -m pytest -m nightly
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/test_robustness.py
