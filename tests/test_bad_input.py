@@ -125,7 +125,7 @@ def test_algorithm_arguments(algorithm: Algorithm, kwargs: dict[str, Any], messa
         (dict(critic_type="quantile"), "`critic_type`"),
         (dict(value_init="wide"), "`value_init`"),
         (dict(activation_fn=th.nn.GLU), r"`activation_fn` must keep the number of units, which GLU\(dim=-1\) does not"),
-        (dict(activation_fn=lambda: th.tanh), "`activation_fn` must make a `torch.nn.Module`"),
+        (dict(activation_fn=dict), "`activation_fn` must make a `torch.nn.Module`"),
         (dict(optimizer_class=th.optim.LBFGS), "`optimizer_class` must take steps without a `closure`.*LBFGS needs"),
         (dict(optimizer_kwargs=dict(lr=1e-3)), "`optimizer_kwargs` must not hold `lr`: give `learning_rate`"),
     ],
