@@ -28,6 +28,7 @@ from stable_baselines3.common.vec_env import (
     SubprocVecEnv,
     VecCheckNan,
     VecEnv,
+    VecEnvWrapper,
     VecExtractDictObs,
     VecFrameStack,
     VecMonitor,
@@ -262,6 +263,46 @@ UNKNOWN: dict[str, tuple[Callable[[], gym.Env], str]] = {
     "a state that is not to be had": (Failing, "Failing: OSError.*does not answer"),
     "a state that cannot be pickled": (NotToBePickled, "NotToBePickled: "),
 }
+
+
+class WrapperOfUser(VecEnvWrapper):
+    """Offers a state that cannot be saved."""
+
+    def reset(self) -> Any:
+        return self.venv.reset()
+
+    def step_wait(self) -> Any:
+        return self.venv.step_wait()
+
+    def state_dict(self) -> Any:
+        return lambda: None
+
+    def load_state_dict(self, state: Any) -> None:
+        raise AssertionError
+
+
+def test_a_wrapper_whose_state_cannot_be_pickled_does_not_end_the_training(tmp_path: Path) -> None:
+    venv = WrapperOfUser(DummyVecEnv([RandomEnv]))
+    with pytest.warns(UserWarning, match=r"do not hold the state of its environments: .*WrapperOfUser"):
+        make_model(MFPO, venv).learn(20, callback=RunCheckpointCallback(10, tmp_path))
+    with pytest.warns(UserWarning, match="begin new episodes"):
+        assert MFPO.resume(tmp_path, venv).learn(30).num_timesteps == 30
+
+
+class OldGenerator(RandomEnv):
+    """Draws from a generator of NumPy's older kind."""
+
+    def reset(self, **kwargs: Any) -> Any:
+        self._np_random = getattr(self, "_np_random", None) or np.random.RandomState(kwargs.get("seed"))  # type: ignore
+        return super().reset()
+
+    def step(self, action: np.ndarray) -> Any:
+        observation, _, terminated, truncated, info = super().step(action)
+        return observation, self._np_random.rand(), terminated, truncated, info
+
+
+def test_generators_of_any_kind_go_on() -> None:
+    assert_goes_on(lambda: DummyVecEnv([OldGenerator]), before=9, after=20)
 
 
 @pytest.mark.parametrize("vec_env_class", [DummyVecEnv, SubprocVecEnv])

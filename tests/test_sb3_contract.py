@@ -17,6 +17,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3 import SAC, TD3, HerReplayBuffer
 from stable_baselines3.common.callbacks import (
+    BaseCallback,
     CallbackList,
     CheckpointCallback,
     EvalCallback,
@@ -895,6 +896,61 @@ def test_prediction_is_in_evaluation_mode_whoever_trained_a_part(algorithm: Algo
     model.policy.train()
     model.train(1, batch_size=8)
     assert model.actor.training and not any(module.training for module in model.critic_target.modules())
+
+
+class NormalisedWeights(BaseFeaturesExtractor):
+    """Layers whose weights are parametrized, as users build them."""
+
+    def __init__(self, observation_space: spaces.Box):
+        super().__init__(observation_space, 5)
+        self.layers = nn.Sequential(
+            parametrizations.spectral_norm(nn.Linear(observation_space.shape[0], 6)),
+            parametrizations.weight_norm(nn.Linear(6, 5)),
+        )
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return self.layers(observations)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_extractors_with_parametrized_layers_train_and_are_saved(algorithm: Algorithm, share: bool, tmp_path: Path) -> None:
+    policy_kwargs = dict(features_extractor_class=NormalisedWeights, share_features_extractor=share)
+    model = make_model(algorithm, policy_kwargs=policy_kwargs, seed=0).learn(12)
+    before = model.actor.features_extractor.layers[0].weight.clone()
+    model.learn(10, reset_num_timesteps=False)
+    assert not th.equal(model.actor.features_extractor.layers[0].weight, before)
+    model.save(tmp_path / "model")
+    observations = observations_for(model)
+    loaded = algorithm.load(tmp_path / "model", env=RandomEnv(), device="cpu")
+    for deterministic in (False, True):
+        actions = []
+        for one in (model, loaded):
+            th.manual_seed(0)
+            actions.append(one.predict(observations, deterministic=deterministic)[0])
+        assert np.array_equal(*actions)
+    loaded.learn(15)
+
+
+class ReplaceWeights(BaseCallback):
+    """Puts other weights in place in the middle of training, as population-based training does."""
+
+    def __init__(self, weights: dict[str, th.Tensor]):
+        super().__init__()
+        self.weights = weights
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps == 15:
+            self.model.policy.load_state_dict(self.weights)
+        return True
+
+
+def test_weights_that_a_callback_puts_in_place_are_trained_on(algorithm: Algorithm) -> None:
+    """With a learning rate of nothing they stay, but for the targets, which follow."""
+    weights = copy.deepcopy(make_model(algorithm, seed=1).policy.state_dict())
+    model = make_model(algorithm, seed=0, learning_rate=0.0).learn(20, callback=ReplaceWeights(weights))
+    for name, value in model.policy.state_dict().items():
+        assert th.allclose(value, weights[name], atol=1e-6), name
+    assert model._n_updates == 10
 
 
 class FrozenNorm(SmallExtractor):

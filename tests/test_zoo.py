@@ -519,6 +519,7 @@ def test_every_point_of_the_search_space_is_valid(name: str) -> None:
 
 def make_manager(folder: Path, **kwargs: Any) -> Manager:
     """rl_zoo3's experiment with our algorithm, the file "own.yml" and a short task."""
+    register()
     if "Own-v0" not in gym.registry:
         gym.register("Own-v0", OwnTask, max_episode_steps=5)
     arguments = dict(algo="mfpo", env_id="Own-v0", eval_freq=-1, n_eval_episodes=1, device="cpu", seed=0, log_interval=-1)
@@ -536,17 +537,21 @@ default:
   learning_starts: 8
   batch_size: 4
   policy_kwargs: "dict(value_init='narrow', n_critics=3, v_max=1, activation_fn=nn.Tanh)"
+  callback: [{sb3_mfpo.RunCheckpointCallback: {save_freq: 5, save_path: FOLDER}}]
 """
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_trial_leaves_what_it_has_not_sampled(name: str, tmp_path: Path) -> None:
     """The search, and training with a trial of it: the same hyperparameters, those of the file where nothing was sampled."""
-    (tmp_path / "own.yml").write_text(FILE)
+    (tmp_path / "own.yml").write_text(FILE.replace("FOLDER", str(tmp_path / "checkpoints")))
     params = {**TRIAL, **OWN_PARAMS[name]}
     search = make_manager(tmp_path, algo=name, optimize_hyperparameters=True, optimization_log_path=str(tmp_path / "best"))
     assert search.setup_experiment() is None
-    search.objective(optuna.trial.FixedTrial(params))  # type: ignore[arg-type]
+    # Twice: each would be another run in the folder of checkpoints
+    for number in range(2):
+        search.objective(optuna.trial.FixedTrial(params, number=number))  # type: ignore[arg-type]
+    assert not (tmp_path / "checkpoints").exists()
     searched = ALGORITHMS[name].load(tmp_path / "best" / "trial_0" / "best_model.zip")
     expected = dict(value_init="narrow", n_critics=3, activation_fn=th.nn.Tanh, net_arch=[64, 64], v_min=-70, v_max=70)
     expected |= dict(sampling_steps=3) if name == "mfpo" else {}

@@ -78,7 +78,8 @@ def check_finite(
         if len(rows) > 1:
             # Which of them was it?
             for index in range(len(rows)):
-                check_finite(what, rows[index : index + 1], dtype, num_timesteps, first_env + index, may_be_non_finite)
+                row = rows[index : index + 1]
+                check_finite(what, row, dtype, num_timesteps, first_env + index, may_be_non_finite, way_out)
         raise ValueError(
             f"Environment {first_env} returned, at step {num_timesteps}, as {what} what cannot be stored as "
             f"{np.dtype(dtype).name}: {rows[0]!r} ({error}). It must fit the observation space, and rewards must be numbers."

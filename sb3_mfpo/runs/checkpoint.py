@@ -165,8 +165,8 @@ def read_newest_run(path: Path, name_prefix: str) -> tuple[Path, dict[str, Any]]
     :raises ValueError: If none is whole
     """
     if not path.is_dir():
-        if not path.exists() and path.suffix == "":
-            path = path.with_suffix(".zip")
+        if not path.exists():
+            path = path.with_name(f"{path.name}.zip")
         if not path.exists():
             raise FileNotFoundError(f"There is no checkpoint {path}.")
         return path, read_run(path)

@@ -90,6 +90,9 @@ CLOCKS: dict[str, Callable[[], float]] = {"t_start": time.time, "episode_start_t
 # Attributes of a wrapper that has none of its own
 BARE_WRAPPER = {*vars(gym.Wrapper(gym.Env())), "_saved_kwargs"}
 
+# Names of the spaces that may draw
+SPACES = ("action_space", "observation_space")
+
 # Where the classes of known tasks are defined
 TASKS = ("gymnasium.envs.classic_control.", "gymnasium.envs.mujoco.")
 DM_CONTROL_TASKS = ("dm_control.suite.",)
@@ -197,10 +200,7 @@ def _make_method(name: str) -> str:
 
 
 def _capture_env(env: gym.Env) -> bytes:
-    try:
-        return pickle.dumps([_capture_layer(layer) for layer in _env_layers(env)])
-    except Exception as error:  # Of a state that cannot be pickled, for one
-        return pickle.dumps([{"name": _name(env), "run": {}, "episode": {}, "unknown": f"{_name(env)}: {error!r}"}])
+    return pickle.dumps([_capture_layer(layer) for layer in _env_layers(env)])
 
 
 def _restore_env(env: gym.Env, pickled: bytes) -> str | None:
@@ -217,8 +217,8 @@ def _capture_layer(layer: Any) -> State:
     :return: Its ``name``; the parts ``run`` and ``episode`` of its state; ``unknown``, what of the latter is not known
     """
     name, run, episode, unknown = _name(layer), {}, {}, None
-    run["generators"] = _generators_of(layer)
     try:
+        run = {"generators": _generators_of(layer)}
         if hasattr(type(layer), "state_dict") and hasattr(type(layer), "load_state_dict"):
             episode = {"state_dict": layer.state_dict()}
         elif name in WRAPPERS:
@@ -230,8 +230,12 @@ def _capture_layer(layer: Any) -> State:
             episode = {"dm_control": _dm_control_state(layer._env)}
         elif not (isinstance(layer, gym.Wrapper) and vars(layer).keys() <= BARE_WRAPPER):
             raise UnknownState(f"{name} has no `state_dict` and `load_state_dict`")
+        # What cannot be pickled would end the training when it is saved
+        pickle.dumps((run, episode))
+    except UnknownState as error:
+        unknown = str(error)
     except Exception as error:
-        episode, unknown = {}, str(error) if isinstance(error, UnknownState) else f"{name}: {error!r}"
+        run, episode, unknown = {}, {}, f"{name}: {error!r}"
     return {"name": name, "run": run, "episode": episode, "unknown": unknown}
 
 
@@ -316,25 +320,23 @@ def rewrite(file: Any, content: str) -> None:
 def _generators_of(layer: Any) -> State:
     """
     :param layer: An environment or a wrapper
-    :return: States of its generator and of those of its own spaces; of what has never drawn there is none
+    :return: Its generator and those of its own spaces; of what has never drawn there is none
     """
-    own = vars(layer)
-    states = {"env": _generator_state(own.get("_np_random"))}
-    for name in ("action_space", "observation_space"):
-        space = own.get(name, own.get(f"_{name}"))
-        states[name] = [_generator_state(part._np_random) for part in _parts(space)]
-    return states
+    own_spaces = {name: [part._np_random for part in _parts_of_space(layer, name)] for name in SPACES}
+    return {"env": vars(layer).get("_np_random"), **own_spaces}
 
 
-def _restore_generators(layer: Any, states: State) -> None:
-    if states["env"] is not None:
-        layer._np_random = _generator(states["env"])
-    own = vars(layer)
-    for name in ("action_space", "observation_space"):
-        space = own.get(name, own.get(f"_{name}"))
-        for part, state in zip(_parts(space), states[name], strict=False):
-            if state is not None:
-                part._np_random = _generator(state)
+def _restore_generators(layer: Any, generators: State) -> None:
+    owners = [(layer, generators["env"])]
+    for name in SPACES:
+        owners += zip(_parts_of_space(layer, name), generators[name], strict=False)
+    for owner, generator in owners:
+        if generator is not None:
+            owner._np_random = generator
+
+
+def _parts_of_space(layer: Any, name: str) -> Iterator[spaces.Space]:
+    return _parts(vars(layer).get(name, vars(layer).get(f"_{name}")))
 
 
 def _parts(space: Any) -> Iterator[spaces.Space]:
@@ -343,16 +345,6 @@ def _parts(space: Any) -> Iterator[spaces.Space]:
         children = getattr(space, "spaces", ())
         for child in children.values() if isinstance(children, dict) else children:
             yield from _parts(child)
-
-
-def _generator_state(generator: np.random.Generator | None) -> Any:
-    return None if generator is None else generator.bit_generator.state
-
-
-def _generator(state: Any) -> np.random.Generator:
-    generator = np.random.Generator(getattr(np.random, state["bit_generator"])())
-    generator.bit_generator.state = state
-    return generator
 
 
 # Tasks of Gymnasium

@@ -15,7 +15,7 @@ from rl_zoo3 import exp_manager, utils
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_mfpo import MFPO, SOM
+from sb3_mfpo import MFPO, SOM, RunCheckpointCallback
 from sb3_mfpo.common.off_policy import FlowAlgorithm
 from sb3_mfpo.envs import NoRendererError, choose_renderer, renders_offscreen
 from sb3_mfpo.runs.checkpoint import is_run
@@ -50,6 +50,16 @@ def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def without_checkpoints(callbacks: Any) -> list[Any]:
+    """
+    :param callbacks: Of a file of hyperparameters: a name, a dictionary of a name and arguments, or a list of such
+    :return: The same without ``RunCheckpointCallback``
+    """
+    listed = callbacks if isinstance(callbacks, list) else [callbacks]
+    names = [next(iter(one)) if isinstance(one, dict) else one for one in listed]
+    return [one for one, name in zip(listed, names, strict=True) if name.split(".")[-1] != RunCheckpointCallback.__name__]
+
+
 def _evaluated(value: Any) -> Any:
     # As rl_zoo3 does, with the names that it knows
     return eval(value, vars(exp_manager)) if isinstance(value, str) else value
@@ -61,7 +71,8 @@ class Manager(Original):
 
     - A trial of our algorithms sets the keyword arguments that it has sampled, and leaves the others as the file has them, in
       the search and with ``--trial-id``.
-    - A checkpoint of a run (``-i``) goes on with that run.
+    - A checkpoint of a run (``-i``) goes on with that run. Trials write none: they are not gone on with, and each would be
+      another run in the same folder.
     - Environments that render get a renderer that works, and those of evaluations also the ``env_kwargs`` of the file.
     """
 
@@ -69,6 +80,8 @@ class Manager(Original):
         results = super().setup_experiment()
         if self.algo in ALGORITHMS:
             self._hyperparams = Hyperparameters(self._hyperparams)
+        if self.optimize_hyperparameters:
+            self.specified_callbacks = without_checkpoints(self.specified_callbacks)
         return results
 
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
