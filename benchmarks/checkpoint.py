@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from machine import versions
+from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_mfpo import MFPO, RunCheckpointCallback
 from sb3_mfpo.runs.checkpoint import checkpoints, read_newest_run, write_run
@@ -67,6 +69,16 @@ def make_model(buffer_size: int, **kwargs: Any) -> MFPO:
     return model
 
 
+class Announce(BaseCallback):
+    """Says that training begins; by then, what the last kill had left half-written is gone."""
+
+    def _on_training_start(self) -> None:
+        print("training", flush=True)
+
+    def _on_step(self) -> bool:
+        return True
+
+
 def train(folder: Path, buffer_size: int) -> None:
     """What is killed: begins or goes on, saves every 20 steps, and never ends by itself."""
     th.set_num_threads(1)
@@ -75,8 +87,7 @@ def train(folder: Path, buffer_size: int) -> None:
     else:
         small = dict(net_arch=[32], time_fourier_dim=8, time_embedding_dim=8, n_atoms=11)
         model = make_model(buffer_size, batch_size=16, n_policy_samples=4, n_gaussian_samples=4, policy_kwargs=small)
-    print("training", flush=True)
-    model.learn(10**9, callback=RunCheckpointCallback(20, folder))
+    model.learn(10**9, callback=[RunCheckpointCallback(20, folder), Announce()])
 
 
 def kill(folder: Path, kills: int, buffer_size: int, seed: int = 0) -> dict[str, Any]:
@@ -93,9 +104,10 @@ def kill(folder: Path, kills: int, buffer_size: int, seed: int = 0) -> dict[str,
         if number % 2 == 0:
             time.sleep(draw.uniform(0, 2))
         else:
-            while not list(folder.glob("*.tmp")):
+            # In the middle of a checkpoint: some share of it has been written
+            share = draw.uniform(0, 0.9) * max(path.stat().st_size for path in checkpoints(folder, "run"))
+            while written(folder) < share:
                 time.sleep(0.001)
-            time.sleep(draw.uniform(0, 0.2))
         writing += bool(list(folder.glob("*.tmp")))
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -110,6 +122,13 @@ def kill(folder: Path, kills: int, buffer_size: int, seed: int = 0) -> dict[str,
         print(f"kill {number + 1}: on from step {steps}", flush=True)
     (size,) = {path.stat().st_size for path in checkpoints(folder, "run")[:1]}
     return {"kills": kills, "survived": survived, "while writing": writing, "steps": steps, "checkpoint in MB": 1e-6 * size}
+
+
+def written(folder: Path) -> float:
+    """Bytes of the checkpoint that is being written, 0 if there is none."""
+    with suppress(FileNotFoundError):
+        return sum(path.stat().st_size for path in folder.glob("*.tmp"))
+    return 0
 
 
 def resident(what: str) -> float:
