@@ -25,10 +25,10 @@ from run import RESULTS
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_mfpo import MFPO
-from sb3_mfpo.common import importance, mean_flow
-from sb3_mfpo.common.categorical import reduce_values
-from sb3_mfpo.common.score import linear_path
 from sb3_mfpo.envs import register_dm_control
+from sb3_mfpo.maths import boltzmann, paths
+from sb3_mfpo.maths.categorical import reduce_values
+from sb3_mfpo.maths.paths import linear_path
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -81,22 +81,22 @@ def estimate(
         return reduce_values(model.critic.q_values(critic_features.unsqueeze(1), actions), model.critic_reduction)
 
     def from_policy(actions: th.Tensor, log_prob: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        log_weights = importance.policy_log_weights(values(actions), log_prob, actions, noisy, t, temperature)
-        return importance.snis_velocity(log_weights.softmax(1), actions, noisy, t)
+        log_weights = boltzmann.policy_log_weights(values(actions), log_prob, actions, noisy, t, temperature)
+        return boltzmann.snis_velocity(log_weights.softmax(1), actions, noisy, t)
 
     noise = th.randn(len(noisy), n_policy, noisy.shape[1], device=model.device)
     actions, log_prob = model.policy.sample(actor_features.unsqueeze(1), noise)
     with_itself = from_policy(th.cat([own[0], actions[:, 1:]], dim=1), th.cat([own[1], log_prob[:, 1:]], dim=1))
     uniform = th.rand(len(noisy), n_gaussian, noisy.shape[1], device=model.device)
-    proposed = importance.gaussian_proposal(noisy, *linear_path(t), uniform)
-    weights = importance.gaussian_log_weights(values(proposed), temperature).softmax(1)
+    proposed = boltzmann.gaussian_proposal(noisy, *linear_path(t), uniform)
+    weights = boltzmann.gaussian_log_weights(values(proposed), temperature).softmax(1)
     estimates = {
         "policy": from_policy(actions, log_prob),
         "policy, with itself": with_itself,
-        "Gaussian": importance.snis_velocity(weights, proposed, noisy, t),
+        "Gaussian": boltzmann.snis_velocity(weights, proposed, noisy, t),
     }
     pair = [estimates["policy, with itself"], estimates["Gaussian"]]
-    velocity, _ = importance.combine_by_sample_size([one[0] for one in pair], [one[1] for one in pair])
+    velocity, _ = boltzmann.combine_by_sample_size([one[0] for one in pair], [one[1] for one in pair])
     return estimates | {"combined": (velocity, pair[0][1] + pair[1][1])}
 
 
@@ -115,10 +115,10 @@ def measure(model: MFPO, observations: th.Tensor, repetitions: int) -> pd.DataFr
     for time in TIMES:
         t = th.full((len(observations), 1), float(time), device=model.device)
         actions, log_prob = model.policy.sample(features[0].unsqueeze(1), th.randn(len(t), 1, d, device=model.device))
-        noisy = mean_flow.interpolate(actions[:, 0], th.randn(len(t), d, device=model.device), *linear_path(t))
+        noisy = paths.interpolate(actions[:, 0], th.randn(len(t), d, device=model.device), *linear_path(t))
         reference = estimate(model, features, (actions, log_prob), noisy, t, factor=64)
         # Without the action itself, which no derivation asks for
-        truth, _ = importance.combine_by_sample_size(*zip(reference["policy"], reference["Gaussian"], strict=True))
+        truth, _ = boltzmann.combine_by_sample_size(*zip(reference["policy"], reference["Gaussian"], strict=True))
         repeated = [estimate(model, features, (actions, log_prob), noisy, t, factor=1) for _ in range(repetitions)]
         for name in ESTIMATORS:
             velocities = th.stack([one[name][0] for one in repeated])

@@ -13,7 +13,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecNormalize, sync_envs_normalization
 
-from sb3_mfpo.common.files import replacing
+from sb3_mfpo.runs.files import replacing
 
 # Best of ten candidates (MFPO, SOM), the mean (SAC, TQC, CrossQ), the policy's only action (TD3); and as in training, but for
 # the noise that TD3 adds

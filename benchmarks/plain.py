@@ -18,10 +18,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from sb3_mfpo import MFPO
-from sb3_mfpo.common import categorical, importance
-from sb3_mfpo.common.score import linear_path
-from sb3_mfpo.common.torch_layers import FlowMLP, MultiInputMLP, TanhGELU
+from sb3_mfpo.maths import boltzmann, categorical
+from sb3_mfpo.maths.paths import linear_path
 from sb3_mfpo.mfpo.mfpo import GradientStepDraws
+from sb3_mfpo.nets.flow import FlowMLP
+from sb3_mfpo.nets.layers import MultiInputMLP, TanhGELU
 
 
 class PlainMFPO(MFPO):
@@ -119,7 +120,7 @@ def plain_step(model: MFPO, batch: ReplayBufferSamples, draws: GradientStepDraws
     with th.no_grad():
         actions, log_prob = sample(model, observations.unsqueeze(1), draws.policy_noise)
         noisy = (1 - t) * actions[:, 0] + t * noise
-        gaussian_actions = importance.gaussian_proposal(noisy, *linear_path(t), draws.uniform)
+        gaussian_actions = boltzmann.gaussian_proposal(noisy, *linear_path(t), draws.uniform)
         q = q_values(model, observations.unsqueeze(1), th.cat([actions, gaussian_actions], dim=1))
         k = model.n_policy_samples
         distance = ((noisy.unsqueeze(1) - (1 - t).unsqueeze(1) * actions) / t.unsqueeze(1)).square().sum(-1)

@@ -26,7 +26,7 @@ import suite as suites
 from suite import KEYS, Run, folder_of, read_suite, runs_of
 from tqdm import tqdm
 
-from sb3_mfpo.common.files import replacing
+from sb3_mfpo.runs.files import replacing
 
 RESULTS = Path(__file__).parent / "results"
 # Seconds between two looks at the progress

@@ -39,8 +39,8 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_mfpo import MFPO, SOM
-from sb3_mfpo.common import torch_layers
-from sb3_mfpo.common.acceleration import onednn_matmul_is_exact
+from sb3_mfpo.nets import layers
+from sb3_mfpo.training.stepper import onednn_matmul_is_exact
 
 # Sizes of observation and action
 TASKS = {"HalfCheetah": (17, 6), "Humanoid": (348, 17), "dog": (223, 38)}
@@ -213,9 +213,9 @@ class CountOperators(TorchDispatchMode):
 def path_of_a_gpu() -> Iterator[None]:
     """On a CPU, take the path that a GPU takes: no chunks, losses looked at only at the end."""
     with (
-        mock.patch.object(torch_layers, "CACHED_ROWS", sys.maxsize),
-        mock.patch.object(torch_layers, "MANY_NUMBERS", sys.maxsize),
-        mock.patch("sb3_mfpo.common.acceleration.StepRunner.defers_checks", lambda self, optimizer: True),
+        mock.patch.object(layers, "CACHED_ROWS", sys.maxsize),
+        mock.patch.object(layers, "MANY_NUMBERS", sys.maxsize),
+        mock.patch("sb3_mfpo.training.stepper.StepRunner.defers_checks", lambda self, optimizer: True),
     ):
         yield
 

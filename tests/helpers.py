@@ -10,7 +10,7 @@ import torch as th
 from gymnasium import spaces
 
 from sb3_mfpo import MFPO, SOM
-from sb3_mfpo.common.off_policy import FlowAlgorithm
+from sb3_mfpo.training.actor_critic import FlowAlgorithm
 
 Algorithm = type[FlowAlgorithm]
 ALGORITHMS: list[Algorithm] = [MFPO, SOM]

@@ -13,9 +13,9 @@ from plain import PlainMFPO
 from speed import CountOperators, path_of_a_gpu
 
 from sb3_mfpo import MFPO, SOM
-from sb3_mfpo.common import torch_layers
-from sb3_mfpo.common.acceleration import StepRunner, onednn_matmul, onednn_matmul_is_exact
-from sb3_mfpo.common.off_policy import FlowAlgorithm
+from sb3_mfpo.nets import layers
+from sb3_mfpo.training.actor_critic import FlowAlgorithm
+from sb3_mfpo.training.stepper import StepRunner, onednn_matmul, onednn_matmul_is_exact
 from tests.helpers import ALGORITHMS, SMALL, SMALL_POLICY, Algorithm, RandomEnv, make_model
 
 needs_cuda = pytest.mark.skipif(not th.cuda.is_available(), reason="needs a CUDA device")
@@ -60,7 +60,7 @@ def test_ten_steps_are_those_of_the_plain_formulation(sizes: str, reduction: str
         for algorithm in (MFPO, PlainMFPO)
     ]
     batch_size = 64
-    assert batch_size * models[0].n_gaussian_samples > torch_layers.CACHED_ROWS or sizes == "small"
+    assert batch_size * models[0].n_gaussian_samples > layers.CACHED_ROWS or sizes == "small"
     start = weights(models[0])
     assert th.equal(start, weights(models[1]))
     for step in range(10):
@@ -266,7 +266,7 @@ def test_the_processor_is_tried() -> None:
 @pytest.mark.parametrize("exact", [True, False])
 def test_onednn_is_used_only_where_it_is_exact(algorithm: Algorithm, exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on either kind of processor: switched on within `train` alone, or refused with a warning."""
-    monkeypatch.setattr("sb3_mfpo.common.off_policy.onednn_matmul_is_exact", lambda: exact)
+    monkeypatch.setattr("sb3_mfpo.training.actor_critic.onednn_matmul_is_exact", lambda: exact)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = make_model(algorithm, onednn_matmul=True)

@@ -18,7 +18,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper,
 from stable_baselines3.sac.policies import SACPolicy
 
 from sb3_mfpo import MFPO, SOM
-from sb3_mfpo.common.off_policy import FlowAlgorithm
+from sb3_mfpo.training.actor_critic import FlowAlgorithm
 from tests.helpers import ALGORITHMS, SMALL_POLICY, Algorithm, RandomEnv, make_model
 
 

@@ -14,8 +14,8 @@ from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.logger import configure
 
 from sb3_mfpo import MFPO
-from sb3_mfpo.common.callbacks import HealthCallback
-from sb3_mfpo.common.off_policy import FlowAlgorithm
+from sb3_mfpo.training.actor_critic import FlowAlgorithm
+from sb3_mfpo.training.health import HealthCallback
 from tests.helpers import Algorithm, RandomEnv, make_model
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch as th
 
-from sb3_mfpo.common import categorical
+from sb3_mfpo.maths import categorical
 
 ATOMS = th.linspace(-10, 10, 21)
 

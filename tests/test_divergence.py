@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch as th
 
-from sb3_mfpo.common.divergence import exact_divergence, hutchinson_divergence
+from sb3_mfpo.maths.divergence import exact_divergence, hutchinson_divergence
 
 D = 4
 

@@ -24,13 +24,14 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch import nn
 
 from sb3_mfpo import MFPO
-from sb3_mfpo.common import categorical, importance, mean_flow
-from sb3_mfpo.common.categorical import reduce_values
-from sb3_mfpo.common.divergence import exact_divergence, hutchinson_divergence
-from sb3_mfpo.common.score import linear_path
-from sb3_mfpo.common.torch_layers import FlowMLP, MultiInputMLP, embed_grid
+from sb3_mfpo.maths import boltzmann, categorical, mean_flow, paths
+from sb3_mfpo.maths.categorical import reduce_values
+from sb3_mfpo.maths.divergence import exact_divergence, hutchinson_divergence
+from sb3_mfpo.maths.paths import linear_path
 from sb3_mfpo.mfpo import mfpo as mfpo_module
 from sb3_mfpo.mfpo.mfpo import FlowDraws, GradientStepDraws
+from sb3_mfpo.nets.flow import FlowMLP, embed_grid
+from sb3_mfpo.nets.layers import MultiInputMLP
 from tests.helpers import RandomEnv
 
 DATA = Path(__file__).parent / "data"
@@ -289,10 +290,8 @@ def snis(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
     out["snis/policy_actions"], out["snis/policy_logp"] = model.policy.sample(features, g["snis/policy_noise"])
     out["snis/entropy"] = -g["snis/policy_logp"].mean()
     policy_actions, clean_actions, noisy = g["snis/policy_actions"], g["snis/clean_actions"], g["snis/noisy_actions"]
-    out["snis/noisy_actions"] = mean_flow.interpolate(policy_actions[:, 0], g["snis/noise"], *linear_path(t))
-    out["snis/clean_actions"] = importance.actions_from_noise(
-        noisy.unsqueeze(1), g["gprop/noise"], *linear_path(t.unsqueeze(1))
-    )
+    out["snis/noisy_actions"] = paths.interpolate(policy_actions[:, 0], g["snis/noise"], *linear_path(t))
+    out["snis/clean_actions"] = paths.actions_from_noise(noisy.unsqueeze(1), g["gprop/noise"], *linear_path(t.unsqueeze(1)))
     critic_features = model.critic.encode(g["batch/obs"]).unsqueeze(1)
     q_values = model.critic.q_values(critic_features, th.cat([policy_actions, clean_actions], dim=1))
     out["snis/q_1"], out["snis/q_2"] = q_values
@@ -304,16 +303,16 @@ def snis(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
         ("sharp", "cdq", g["snis/sharp/temperature"]),
     ):
         policy_q, clean_q = g[f"snis/{q_case}/q"].split([meta("K1"), meta("K2")], dim=1)
-        out[f"snis/{case}/log_weight_policy"] = importance.policy_log_weights(
+        out[f"snis/{case}/log_weight_policy"] = boltzmann.policy_log_weights(
             policy_q, g["snis/policy_logp"], policy_actions, noisy, t, temperature
         )
-        out[f"snis/{case}/log_weight_clean"] = importance.gaussian_log_weights(clean_q, temperature)
+        out[f"snis/{case}/log_weight_clean"] = boltzmann.gaussian_log_weights(clean_q, temperature)
         for kind, actions in (("policy", policy_actions), ("clean", clean_actions)):
             weights = g[f"snis/{case}/log_weight_{kind}"].softmax(dim=1)
             out[f"snis/{case}/weight_{kind}"] = weights
-            velocity, size = importance.snis_velocity(weights, actions, noisy, t)
+            velocity, size = boltzmann.snis_velocity(weights, actions, noisy, t)
             out[f"snis/{case}/velocity_{kind}"], out[f"snis/{case}/ess_{kind}"] = velocity, size.squeeze(1)
-        velocity, shares = importance.combine_by_sample_size(
+        velocity, shares = boltzmann.combine_by_sample_size(
             [g[f"snis/{case}/velocity_policy"], g[f"snis/{case}/velocity_clean"]],
             [g[f"snis/{case}/ess_policy"].unsqueeze(1), g[f"snis/{case}/ess_clean"].unsqueeze(1)],
         )
@@ -328,10 +327,10 @@ def gaussian_proposal(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
         ("gprop_ext", g["gprop_ext/noisy_actions"], g["gprop_ext/t"]),
     ):
         noisy, t = noisy.unsqueeze(1), t.unsqueeze(1)
-        for name, bound in zip(("lower", "upper"), importance.truncated_noise_bounds(noisy, *linear_path(t)), strict=True):
+        for name, bound in zip(("lower", "upper"), paths.truncated_noise_bounds(noisy, *linear_path(t)), strict=True):
             out[f"{prefix}/{name}"] = bound.expand_as(g[f"{prefix}/{name}"])
-    out["gprop/noise"] = importance.truncated_normal(g["gprop/uniform01"], g["gprop/lower"], g["gprop/upper"])
-    out["gprop_ext/clean_actions"] = importance.actions_from_noise(noisy, g["gprop_ext/noise"], *linear_path(t))
+    out["gprop/noise"] = boltzmann.truncated_normal(g["gprop/uniform01"], g["gprop/lower"], g["gprop/upper"])
+    out["gprop_ext/clean_actions"] = paths.actions_from_noise(noisy, g["gprop_ext/noise"], *linear_path(t))
     return out
 
 
@@ -365,7 +364,7 @@ def adn_loss(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
     t, r, noise = g["adn_loss/t"], g["adn_loss/r"], g["adn_loss/noise"]
     model, out = golden_model(n_equal=count_equal(t, r)), {}
     features = model.actor.encode(g["batch/obs"])
-    out["adn_loss/noisy_actions"] = mean_flow.interpolate(g["adn_loss/clean_actions"], noise, *linear_path(t))
+    out["adn_loss/noisy_actions"] = paths.interpolate(g["adn_loss/clean_actions"], noise, *linear_path(t))
     noisy, probes = g["adn_loss/noisy_actions"], g["adn_loss/probes"].transpose(0, 1)
     with th.no_grad():
         out["adn_loss/velocity"], jacobian_product = model.actor.linearize_velocity(features, noisy, t)
@@ -428,8 +427,8 @@ def whole_update(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
     # The file stores truncated noise where the algorithm draws uniform numbers: go back through the distribution function
     with th.no_grad():
         actions, _ = model.policy.sample(model.actor.encode(g["batch/obs"]).unsqueeze(1), g["update/policy_noise"])
-    noisy = mean_flow.interpolate(actions[:, 0], actor_draws.noise, *linear_path(actor_draws.t)).double()
-    lower, upper = importance.truncated_noise_bounds(noisy.unsqueeze(1), *linear_path(actor_draws.t.double().unsqueeze(1)))
+    noisy = paths.interpolate(actions[:, 0], actor_draws.noise, *linear_path(actor_draws.t)).double()
+    lower, upper = paths.truncated_noise_bounds(noisy.unsqueeze(1), *linear_path(actor_draws.t.double().unsqueeze(1)))
     below, above = th.special.ndtr(lower), th.special.ndtr(upper)
     uniform = (th.special.ndtr(g["update/proposal_noise"].double()) - below) / (above - below)
 

@@ -7,8 +7,8 @@ import pytest
 import torch as th
 from scipy import stats
 
-from sb3_mfpo.common import mean_flow
-from sb3_mfpo.common.score import linear_path
+from sb3_mfpo.maths import mean_flow, paths
+from sb3_mfpo.maths.paths import linear_path
 
 B, D = 64, 3
 
@@ -87,8 +87,8 @@ def test_all_rows_may_be_equal() -> None:
 
 def test_path_ends_at_action_and_noise() -> None:
     actions, noise = th.randn(B, D), th.randn(B, D)
-    assert th.equal(mean_flow.interpolate(actions, noise, *linear_path(th.zeros(B, 1))), actions)
-    assert th.equal(mean_flow.interpolate(actions, noise, *linear_path(th.ones(B, 1))), noise)
+    assert th.equal(paths.interpolate(actions, noise, *linear_path(th.zeros(B, 1))), actions)
+    assert th.equal(paths.interpolate(actions, noise, *linear_path(th.ones(B, 1))), noise)
 
 
 def gaussian_divergence(actions: th.Tensor, t: th.Tensor) -> th.Tensor:

@@ -11,8 +11,8 @@ import torch as th
 from torch import nn
 
 from sb3_mfpo import MFPO
-from sb3_mfpo.common.mean_flow import few_step_sample
-from sb3_mfpo.common.torch_layers import embed_grid
+from sb3_mfpo.maths.mean_flow import few_step_sample
+from sb3_mfpo.nets.flow import embed_grid
 from tests.helpers import RandomEnv, make_model
 
 

@@ -22,7 +22,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
 from sb3_mfpo import MFPO, RunCheckpointCallback
-from sb3_mfpo.common.acceleration import StepRunner
+from sb3_mfpo.training.stepper import StepRunner
 from tests.helpers import SMALL_POLICY, Algorithm, RandomEnv, assert_equal, make_model
 
 # `HYPOTHESIS_PROFILE=nightly` draws more

@@ -37,7 +37,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from sb3_mfpo import MFPO, SOM
-from sb3_mfpo.common.off_policy import FlowAlgorithm
+from sb3_mfpo.training.actor_critic import FlowAlgorithm
 from tests.helpers import SMALL, SMALL_POLICY, Algorithm, RandomEnv, assert_equal, make_model
 
 DEVICES = ["cpu", *(["cuda"] if th.cuda.is_available() else [])]

@@ -9,7 +9,7 @@ import pytest
 import torch as th
 
 from sb3_mfpo import SOM
-from sb3_mfpo.common import importance, mean_flow
+from sb3_mfpo.maths import boltzmann, mean_flow
 from sb3_mfpo.som.som import PATHS
 from tests.helpers import RandomEnv, make_model
 
@@ -124,7 +124,7 @@ def test_the_loss_is_that_of_the_equations(kwargs: dict[str, Any]) -> None:
     if model.score_estimator == "gradient":
         proposals = (noisy[:, None] - sigma[:, None] * draws.proposals) / signal[:, None]
     else:
-        proposals = importance.gaussian_proposal(noisy, signal, sigma, draws.proposals)
+        proposals = boltzmann.gaussian_proposal(noisy, signal, sigma, draws.proposals)
     proposals.requires_grad_()
     columns = [th.cat(model.critic(observations, proposals[:, k]), dim=1).min(dim=1).values for k in range(5)]
     log_p = 2.0 * th.stack(columns, dim=1)

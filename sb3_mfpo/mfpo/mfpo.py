@@ -14,12 +14,11 @@ from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, ReplayBufferSamples, Schedule
 from torch.nn import functional as F
 
-from sb3_mfpo.common import importance, mean_flow
-from sb3_mfpo.common.categorical import reduce_values
-from sb3_mfpo.common.checks import check_integer
-from sb3_mfpo.common.divergence import hutchinson_divergence
-from sb3_mfpo.common.off_policy import FlowAlgorithm, FlowDraws
-from sb3_mfpo.common.score import linear_path
+from sb3_mfpo.checks import check_integer
+from sb3_mfpo.maths import boltzmann, mean_flow, paths
+from sb3_mfpo.maths.categorical import reduce_values
+from sb3_mfpo.maths.divergence import hutchinson_divergence
+from sb3_mfpo.maths.paths import linear_path
 from sb3_mfpo.mfpo.policies import (
     AverageDivergenceNetwork,
     CnnPolicy,
@@ -28,6 +27,7 @@ from sb3_mfpo.mfpo.policies import (
     MlpPolicy,
     MultiInputPolicy,
 )
+from sb3_mfpo.training.actor_critic import FlowAlgorithm, FlowDraws
 
 SelfMFPO = TypeVar("SelfMFPO", bound="MFPO")
 
@@ -360,7 +360,7 @@ class MFPO(FlowAlgorithm):
         """
         t, r, noise = draws.actor
         # Sample: a point on the path from the first action
-        noisy_actions = mean_flow.interpolate(actions[:, 0], noise, *linear_path(t))
+        noisy_actions = paths.interpolate(actions[:, 0], noise, *linear_path(t))
         # Weight: the Boltzmann policy's velocity there
         velocity, metrics = self._boltzmann_velocity(
             observations, actions, log_prob, noisy_actions, t, draws.uniform, ent_coef
@@ -396,7 +396,7 @@ class MFPO(FlowAlgorithm):
         :return: Velocity, shape (B, d); quantities to log
         """
         policy_actions, policy_log_prob = actions[:, : self.n_policy_samples], log_prob[:, : self.n_policy_samples]
-        gaussian_actions = importance.gaussian_proposal(noisy_actions, *linear_path(t), uniform)
+        gaussian_actions = boltzmann.gaussian_proposal(noisy_actions, *linear_path(t), uniform)
         features = self.critic.encode(observations).unsqueeze(1)
         q_values = reduce_values(
             self.critic.q_values(features, th.cat([policy_actions, gaussian_actions], dim=1)), self.critic_reduction
@@ -405,16 +405,16 @@ class MFPO(FlowAlgorithm):
 
         proposals = {}
         if self.n_policy_samples > 0:
-            log_weights = importance.policy_log_weights(policy_q, policy_log_prob, policy_actions, noisy_actions, t, ent_coef)
+            log_weights = boltzmann.policy_log_weights(policy_q, policy_log_prob, policy_actions, noisy_actions, t, ent_coef)
             proposals["policy"] = (log_weights, policy_actions)
         if self.n_gaussian_samples > 0:
-            proposals["gaussian"] = (importance.gaussian_log_weights(gaussian_q, ent_coef), gaussian_actions)
+            proposals["gaussian"] = (boltzmann.gaussian_log_weights(gaussian_q, ent_coef), gaussian_actions)
         estimates = {
-            name: importance.snis_velocity(log_weights.softmax(dim=1), samples, noisy_actions, t)
+            name: boltzmann.snis_velocity(log_weights.softmax(dim=1), samples, noisy_actions, t)
             for name, (log_weights, samples) in proposals.items()
         }
         velocities, sample_sizes = zip(*estimates.values(), strict=True)
-        velocity, shares = importance.combine_by_sample_size(velocities, sample_sizes)
+        velocity, shares = boltzmann.combine_by_sample_size(velocities, sample_sizes)
         metrics = {f"ess_{name}": size.mean() for name, (_, size) in estimates.items()}
         if "policy" in proposals:
             metrics["policy_proposal_weight"] = shares[0].mean()
@@ -442,7 +442,7 @@ class MFPO(FlowAlgorithm):
         assert isinstance(self.divergence, AverageDivergenceNetwork)
         t, r, noise = draws
         # Sample: a point on the path from an action of the policy
-        noisy_actions = mean_flow.interpolate(actions, noise, *linear_path(t))
+        noisy_actions = paths.interpolate(actions, noise, *linear_path(t))
         # Target: the MeanFlow identity around Hutchinson's estimate
         with th.no_grad():
             features = self.actor.encode(observations)

@@ -11,11 +11,12 @@ from stable_baselines3.common.torch_layers import CombinedExtractor, NatureCNN, 
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
-from sb3_mfpo.common.checks import check_choice
-from sb3_mfpo.common.divergence import exact_divergence
-from sb3_mfpo.common.mean_flow import few_step_sample
-from sb3_mfpo.common.policies import FlowPolicy, MeanFlowActor
-from sb3_mfpo.common.torch_layers import FlowMLP, embed_grid, in_chunks
+from sb3_mfpo.checks import check_choice
+from sb3_mfpo.maths.divergence import exact_divergence
+from sb3_mfpo.maths.mean_flow import few_step_sample
+from sb3_mfpo.nets.flow import FlowMLP, MeanFlowActor, embed_grid
+from sb3_mfpo.nets.layers import in_chunks
+from sb3_mfpo.training.policy import FlowPolicy
 
 ACTOR_TYPES = ("mean_flow", "flow_matching")
 DIVERGENCE_TYPES = ("mean_flow", "flow_matching", "exact")
@@ -78,7 +79,7 @@ class MFPOPolicy(FlowPolicy):
     :param divergence_type: "mean_flow" (ADN), "flow_matching" (a network of the instantaneous divergence; an ablation) or
         "exact" (no network: the Jacobian's trace at each sampling step; an ablation)
     :param sampling_steps: Number of steps T from noise to action
-    :param kwargs: Further arguments of :class:`sb3_mfpo.common.policies.FlowPolicy`
+    :param kwargs: Further arguments of :class:`sb3_mfpo.training.policy.FlowPolicy`
     :raises ValueError: If an argument is out of range; the message names it
     """
 

@@ -14,7 +14,7 @@ from typing import Any
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 
-from sb3_mfpo.common.checks import check_integer
+from sb3_mfpo.checks import check_integer
 from sb3_mfpo.runs.checkpoint import checkpoints, read_run, run_id_of, steps_of, unfinished, write_run
 from sb3_mfpo.runs.state import remember_start, run_state
 

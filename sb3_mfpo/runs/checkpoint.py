@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
-from sb3_mfpo.common.files import UNFINISHED, replacing
+from sb3_mfpo.runs.files import UNFINISHED, replacing
 
 # Entries of the zip file. Those that end with ".pth" would be taken for parameters of the model
 STATE, ARRAY, RUN_ID = "run/state.pickle", "run/array_{}.bin", "run/id.txt"

@@ -8,7 +8,7 @@ from gymnasium import spaces
 from stable_baselines3.common.torch_layers import CombinedExtractor, NatureCNN, get_actor_critic_arch
 from stable_baselines3.common.type_aliases import Schedule
 
-from sb3_mfpo.common.policies import FlowPolicy
+from sb3_mfpo.training.policy import FlowPolicy
 
 
 class SOMPolicy(FlowPolicy):
@@ -19,7 +19,7 @@ class SOMPolicy(FlowPolicy):
     :param action_space: Action space
     :param lr_schedule: Learning rate schedule (could be constant)
     :param sampling_steps: Number of steps from noise to action
-    :param kwargs: Further arguments of :class:`sb3_mfpo.common.policies.FlowPolicy`
+    :param kwargs: Further arguments of :class:`sb3_mfpo.training.policy.FlowPolicy`
     :raises ValueError: If an argument is out of range; the message names it
     """
 

@@ -11,19 +11,19 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, ReplayBufferSamples, Schedule
 
-from sb3_mfpo.common import importance, mean_flow, score
-from sb3_mfpo.common.categorical import reduce_values
-from sb3_mfpo.common.checks import check_choice, check_integer, check_range
-from sb3_mfpo.common.off_policy import FlowAlgorithm, FlowDraws
-from sb3_mfpo.common.torch_layers import in_chunks
+from sb3_mfpo.checks import check_choice, check_integer, check_range
+from sb3_mfpo.maths import boltzmann, mean_flow, paths
+from sb3_mfpo.maths.categorical import reduce_values
+from sb3_mfpo.nets.layers import in_chunks
 from sb3_mfpo.som.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SOMPolicy
+from sb3_mfpo.training.actor_critic import FlowAlgorithm, FlowDraws
 
 SelfSOM = TypeVar("SelfSOM", bound="SOM")
 
 # The path's mu_t and sigma_t, and the velocity of its probability flow
 PATHS = {
-    "linear": (score.linear_path, score.linear_velocity),
-    "vp": (score.variance_preserving_path, score.variance_preserving_velocity),
+    "linear": (paths.linear_path, paths.linear_velocity),
+    "vp": (paths.variance_preserving_path, paths.variance_preserving_velocity),
 }
 SCORE_ESTIMATORS = ("posterior_mean", "gradient")
 TIME_DISTRIBUTIONS = ("logit_normal", "uniform")
@@ -285,11 +285,11 @@ class SOM(FlowAlgorithm):
         # Sample: a point on the path from an action of the policy
         with th.no_grad():
             actions = self.policy.act(features, draws.policy_noise)
-        noisy_actions = mean_flow.interpolate(actions, noise, signal, sigma)
+        noisy_actions = paths.interpolate(actions, noise, signal, sigma)
         # Target: the MeanFlow identity around the velocity that the score there gives
         scores, metrics = self._boltzmann_score(observations, noisy_actions, signal, sigma, draws.proposals)
         if self.score_norm is not None:
-            scores = score.with_length(scores, self.score_norm)
+            scores = boltzmann.with_length(scores, self.score_norm)
         velocity = velocity_of(noisy_actions, scores, t)
         average, push_forward = self.actor.linearize(features, noisy_actions, t, t - r)
         derivative = self._total_derivative(push_forward, velocity, self.policy.actor_type)
@@ -320,22 +320,20 @@ class SOM(FlowAlgorithm):
         """
         features = self.critic.encode(observations).unsqueeze(1)
         if self.score_estimator == "posterior_mean":
-            actions = importance.gaussian_proposal(noisy_actions, signal, sigma, proposals)
+            actions = boltzmann.gaussian_proposal(noisy_actions, signal, sigma, proposals)
             q_values = self._values(features, actions)
         else:
-            actions = importance.actions_from_noise(
-                noisy_actions.unsqueeze(1), proposals, signal.unsqueeze(1), sigma.unsqueeze(1)
-            )
+            actions = paths.actions_from_noise(noisy_actions.unsqueeze(1), proposals, signal.unsqueeze(1), sigma.unsqueeze(1))
             q_values, gradients = in_chunks(self._values_and_gradients, features, actions)
-        scale = score.spread(q_values) if self.normalize_q else q_values.new_ones(())
+        scale = boltzmann.spread(q_values) if self.normalize_q else q_values.new_ones(())
         # The best value of each state is subtracted, which leaves the weights as they are, and equal values without rounding
         advantages = q_values - q_values.amax(dim=1, keepdim=True)
-        weights = importance.gaussian_log_weights(advantages, scale / self.inverse_temperature).softmax(dim=1)
-        mean_action, sample_size = importance.snis_mean(weights, actions)
+        weights = boltzmann.gaussian_log_weights(advantages, scale / self.inverse_temperature).softmax(dim=1)
+        mean_action, sample_size = boltzmann.snis_mean(weights, actions)
         metrics = {"ess_gaussian": sample_size.mean()}
         if self.score_estimator == "posterior_mean":
-            return score.score_from_mean_action(mean_action, noisy_actions, signal, sigma), metrics
-        return score.score_from_gradients(weights, gradients * self.inverse_temperature / scale, signal), metrics
+            return boltzmann.score_from_mean_action(mean_action, noisy_actions, signal, sigma), metrics
+        return boltzmann.score_from_gradients(weights, gradients * self.inverse_temperature / scale, signal), metrics
 
     def _values(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
         """

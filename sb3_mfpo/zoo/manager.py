@@ -16,9 +16,9 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_mfpo import MFPO, SOM, RunCheckpointCallback
-from sb3_mfpo.common.off_policy import FlowAlgorithm
 from sb3_mfpo.envs import NoRendererError, choose_renderer, renders_offscreen
 from sb3_mfpo.runs.checkpoint import is_run
+from sb3_mfpo.training.actor_critic import FlowAlgorithm
 
 ALGORITHMS: dict[str, type[FlowAlgorithm]] = {"mfpo": MFPO, "som": SOM}
 Original = exp_manager.ExperimentManager

@@ -11,8 +11,8 @@ import rl_zoo3
 from rl_zoo3 import exp_manager, hyperparams_opt, utils
 from stable_baselines3.common.base_class import BaseAlgorithm
 
-from sb3_mfpo.common.off_policy import FlowAlgorithm
 from sb3_mfpo.envs import is_of_shimmy, ready_spec
+from sb3_mfpo.training.actor_critic import FlowAlgorithm
 from sb3_mfpo.zoo import manager, search_space
 from sb3_mfpo.zoo.manager import ALGORITHMS
 

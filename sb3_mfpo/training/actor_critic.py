@@ -7,10 +7,8 @@ import uuid
 import warnings
 from abc import abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -33,17 +31,19 @@ from stable_baselines3.common.type_aliases import (
     TrainFreq,
 )
 from stable_baselines3.common.utils import polyak_update
-from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
+from stable_baselines3.common.vec_env import VecEnv
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from sb3_mfpo.common import mean_flow
-from sb3_mfpo.common.acceleration import StepRunner, onednn_matmul, onednn_matmul_is_exact
-from sb3_mfpo.common.checks import check_choice, check_finite, check_integer, check_range
-from sb3_mfpo.common.critics import Critic
-from sb3_mfpo.common.policies import CRITIC_REDUCTIONS, FlowPolicy, MeanFlowActor
+from sb3_mfpo.checks import check_choice, check_integer, check_range
+from sb3_mfpo.maths import mean_flow
+from sb3_mfpo.nets.critics import Critic
+from sb3_mfpo.nets.flow import MeanFlowActor
 from sb3_mfpo.runs.callback import RunSaver
 from sb3_mfpo.runs.checkpoint import read_newest_run
 from sb3_mfpo.runs.state import restore_buffer, restore_run
+from sb3_mfpo.training.guards import check_finite, naming_workers_that_ended
+from sb3_mfpo.training.policy import CRITIC_REDUCTIONS, FlowPolicy
+from sb3_mfpo.training.stepper import StepRunner, onednn_matmul, onednn_matmul_is_exact
 
 SelfFlowAlgorithm = TypeVar("SelfFlowAlgorithm", bound="FlowAlgorithm")
 
@@ -276,7 +276,7 @@ class FlowAlgorithm(OffPolicyAlgorithm):
         if reset_num_timesteps or self._last_obs is None:
             self._episode_starts = np.ones(self.n_envs, dtype=bool)
         self._saver = RunSaver(self)
-        with _naming_workers_that_ended(self.env):
+        with naming_workers_that_ended(self.env):
             result, callback = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         self._stored_timesteps = self.num_timesteps
         self._saver.begin(callback)
@@ -345,7 +345,7 @@ class FlowAlgorithm(OffPolicyAlgorithm):
         log_interval: int | None = None,
     ) -> RolloutReturn:
         self._between_rollouts()
-        with _naming_workers_that_ended(env):
+        with naming_workers_that_ended(env):
             rollout = super().collect_rollouts(
                 env, callback, train_freq, replay_buffer, action_noise, learning_starts, log_interval
             )
@@ -662,30 +662,3 @@ def _running_statistics(critic: Critic) -> list[th.Tensor]:
     :return: What their layers of batch normalisation have counted
     """
     return [buffer for name, buffer in critic.named_buffers() if "running_" in name]
-
-
-@contextmanager
-def _naming_workers_that_ended(env: VecEnv | None) -> Iterator[None]:
-    """
-    Where a connection broke because a worker process of ``SubprocVecEnv`` has ended, say which one. Connections of others
-    (a callback's, a simulator's, standard output) break with the same errors, which pass unchanged.
-
-    :param env: Vectorized environment
-    """
-    try:
-        yield
-    except (EOFError, BrokenPipeError, ConnectionResetError) as error:
-        venv = None if env is None else env.unwrapped
-        if not isinstance(venv, SubprocVecEnv):
-            raise
-        # A worker closes its connection a moment before it ends
-        ended = connection.wait([process.sentinel for process in venv.processes], timeout=1)
-        if not ended:
-            raise
-        message = "The connection to the environments broke."
-        for index, process in enumerate(venv.processes):
-            if process.sentinel in ended:
-                # For the exit code
-                process.join(timeout=1)
-                message += f" The process of environment {index} has ended (exit code {process.exitcode})."
-        raise RuntimeError(message + " Its own error, if any, is printed above; the model can still be saved.") from error

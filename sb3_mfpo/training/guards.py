@@ -1,52 +1,15 @@
-"""Checks of arguments and of what environments return: a clear ``ValueError`` before anything is lost."""
+"""Guards around the environments: what they return is checked, and a worker that ended is named."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import connection
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
-
-
-def check_integer(name: str, value: Any, minimum: int) -> None:
-    """
-    :param name: Name of the argument, for the message
-    :param value: Its value
-    :param minimum: Smallest value allowed
-    :raises ValueError: If the value is not an integer of at least ``minimum``
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < minimum:
-        raise ValueError(f"`{name}` must be an integer of at least {minimum}, not {value!r}.")
-
-
-def check_range(name: str, value: Any, low: float = -math.inf, high: float = math.inf, above: float = -math.inf) -> None:
-    """
-    :param name: Name of the argument, for the message
-    :param value: Its value
-    :param low: Smallest value allowed
-    :param high: Largest value allowed
-    :param above: What the value must exceed
-    :raises ValueError: If the value is not a finite number in [low, high] above ``above``
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not low <= value <= high:
-        raise ValueError(f"`{name}` must be a number in [{low:g}, {high:g}], not {value!r}.")
-    if not math.isfinite(value):
-        raise ValueError(f"`{name}` must be finite, not {value!r}.")
-    if not value > above:
-        raise ValueError(f"`{name}` must be above {above:g}, not {value!r}.")
-
-
-def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    """
-    :param name: Name of the argument, for the message
-    :param value: Its value
-    :param choices: The values allowed
-    :raises ValueError: If the value is not one of ``choices``
-    """
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, not {value!r}.")
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
 
 def check_finite(
@@ -97,3 +60,30 @@ def check_finite(
             "stored and the networks were not updated: saving the model now gives a clean checkpoint. Correct the "
             f"environment{way_out}. `stable_baselines3.common.vec_env.VecCheckNan` helps to find the cause."
         )
+
+
+@contextmanager
+def naming_workers_that_ended(env: VecEnv | None) -> Iterator[None]:
+    """
+    Where a connection broke because a worker process of ``SubprocVecEnv`` has ended, say which one. Connections of others
+    (a callback's, a simulator's, standard output) break with the same errors, which pass unchanged.
+
+    :param env: Vectorized environment
+    """
+    try:
+        yield
+    except (EOFError, BrokenPipeError, ConnectionResetError) as error:
+        venv = None if env is None else env.unwrapped
+        if not isinstance(venv, SubprocVecEnv):
+            raise
+        # A worker closes its connection a moment before it ends
+        ended = connection.wait([process.sentinel for process in venv.processes], timeout=1)
+        if not ended:
+            raise
+        message = "The connection to the environments broke."
+        for index, process in enumerate(venv.processes):
+            if process.sentinel in ended:
+                # For the exit code
+                process.join(timeout=1)
+                message += f" The process of environment {index} has ended (exit code {process.exitcode})."
+        raise RuntimeError(message + " Its own error, if any, is printed above; the model can still be saved.") from error

@@ -45,19 +45,6 @@ def uniform_times(uniform: th.Tensor, n_equal: int) -> tuple[th.Tensor, th.Tenso
     return t, th.cat([t[:n_equal], t[n_equal:] * uniform[n_equal:, 1:]])
 
 
-def interpolate(actions: th.Tensor, noise: th.Tensor, signal: th.Tensor, sigma: th.Tensor) -> th.Tensor:
-    """
-    Point on the path from an action to noise, a_t = mu_t a_0 + sigma_t eps; the linear path has 1 - t and t.
-
-    :param actions: Actions a_0, shape (..., d)
-    :param noise: Standard-normal noise eps, shape (..., d)
-    :param signal: mu_t in [0, 1], shape (..., 1)
-    :param sigma: sigma_t in [0, 1], shape (..., 1)
-    :return: Noisy actions a_t, shape (..., d)
-    """
-    return signal * actions + sigma * noise
-
-
 def mean_flow_target(instantaneous: th.Tensor, length: th.Tensor, derivative: th.Tensor) -> th.Tensor:
     """
     Regression target of an average over [r, t] by the MeanFlow identity, average = instantaneous - (t - r) d/dt average

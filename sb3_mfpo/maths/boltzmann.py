@@ -14,17 +14,7 @@ from collections.abc import Sequence
 
 import torch as th
 
-
-def truncated_noise_bounds(noisy_actions: th.Tensor, signal: th.Tensor, sigma: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-    """
-    Bounds on the noise e for which the action (a_t - sigma_t e) / mu_t lies in [-1, 1].
-
-    :param noisy_actions: a_t, shape (..., d)
-    :param signal: mu_t, shape (..., 1)
-    :param sigma: sigma_t > 0, shape (..., 1)
-    :return: Lower and upper bound, shapes (..., d)
-    """
-    return (noisy_actions - signal) / sigma, (noisy_actions + signal) / sigma
+from sb3_mfpo.maths.paths import actions_from_noise, truncated_noise_bounds
 
 
 def normal_cdf(x: th.Tensor) -> th.Tensor:
@@ -58,19 +48,6 @@ def truncated_normal(uniform: th.Tensor, lower: th.Tensor, upper: th.Tensor) -> 
     q = above + (1 - u) * (normal_cdf(-low) - above)
     quantile = th.special.ndtri(th.minimum(p, q))
     return th.minimum(th.maximum(th.where(p < q, quantile, -quantile), low), high).to(lower.dtype)
-
-
-def actions_from_noise(noisy_actions: th.Tensor, noise: th.Tensor, signal: th.Tensor, sigma: th.Tensor) -> th.Tensor:
-    """
-    The action from which a given noise leads to a_t, a_0 = (a_t - sigma_t e) / mu_t.
-
-    :param noisy_actions: a_t, shape (..., d)
-    :param noise: e, shape (..., d)
-    :param signal: mu_t > 0, shape (..., 1)
-    :param sigma: sigma_t, shape (..., 1)
-    :return: Actions, shape (..., d)
-    """
-    return (noisy_actions - sigma * noise) / signal
 
 
 def gaussian_proposal(noisy_actions: th.Tensor, signal: th.Tensor, sigma: th.Tensor, uniform: th.Tensor) -> th.Tensor:
@@ -163,3 +140,52 @@ def combine_by_sample_size(
     total = th.stack(list(sample_sizes)).sum(dim=0)
     shares = [size / total for size in sample_sizes]
     return th.stack([share * velocity for share, velocity in zip(shares, velocities, strict=True)]).sum(dim=0), shares
+
+
+def score_from_mean_action(mean_action: th.Tensor, noisy_actions: th.Tensor, signal: th.Tensor, sigma: th.Tensor) -> th.Tensor:
+    """
+    Score from the posterior mean (Tweedie's formula), (mu_t E[a_0 | a_t] - a_t) / sigma_t^2.
+
+    :param mean_action: E[a_0 | a_t], shape (..., d)
+    :param noisy_actions: a_t, shape (..., d)
+    :param signal: mu_t, shape (..., 1)
+    :param sigma: sigma_t > 0, shape (..., 1)
+    :return: Score, shape (..., d)
+    """
+    return (signal * mean_action - noisy_actions) / sigma.square()
+
+
+def score_from_gradients(weights: th.Tensor, gradients: th.Tensor, signal: th.Tensor) -> th.Tensor:
+    """
+    Score from the gradients of the target's log-density at x_k = (a_t + sigma_t z_k) / mu_t with standard-normal z_k,
+    grad log sum_k p(x_k) = sum_k w_k grad log p(x_k) / mu_t with weights w_k proportional to p(x_k): iDEM's estimate (SOM). It
+    does not see bounds of the actions.
+
+    :param weights: Normalised weights, summing to one over K, shape (B, K)
+    :param gradients: Gradients of log p, shape (B, K, d)
+    :param signal: mu_t > 0, shape (B, 1)
+    :return: Score, shape (B, d)
+    """
+    return (weights.unsqueeze(-1) * gradients).sum(dim=1) / signal
+
+
+def with_length(score: th.Tensor, length: float) -> th.Tensor:
+    """
+    Vectors of the same direction and a given length (SOM's normalisation of the score and its weight w). A zero vector stays.
+
+    :param score: shape (..., d)
+    :param length: New length, above 0
+    :return: shape (..., d)
+    """
+    return length * th.nn.functional.normalize(score, dim=-1)
+
+
+def spread(values: th.Tensor) -> th.Tensor:
+    """
+    Standard deviation of all values together, in which SOM measures them (it also subtracts their mean, of which a Boltzmann
+    policy is independent).
+
+    :param values: Any shape
+    :return: A scalar above zero, tiny (rounding) when all values are equal
+    """
+    return values.std(correction=0).clamp_min(th.finfo(values.dtype).tiny)

@@ -5,8 +5,8 @@ import pytest
 import torch as th
 from scipy import stats
 
-from sb3_mfpo.common import importance
-from sb3_mfpo.common.score import linear_path
+from sb3_mfpo.maths import boltzmann, paths
+from sb3_mfpo.maths.paths import linear_path
 
 
 @pytest.mark.parametrize("width", [1e-3, 0.03, 1.0, 5.0, 30.0])
@@ -15,10 +15,10 @@ def test_truncated_normal_matches_scipy(width: float, centre: float) -> None:
     n = 20_000
     uniform = th.rand(n, generator=th.Generator().manual_seed(0))
     lower, upper = th.tensor(centre - width / 2), th.tensor(centre + width / 2)
-    draws = importance.truncated_normal(uniform, lower, upper)
+    draws = boltzmann.truncated_normal(uniform, lower, upper)
     assert (draws >= lower).all() and (draws <= upper).all()
     # In double precision: at a width of 1e-3 around 6, float32 itself has only about 2 000 values
-    exact = importance.truncated_normal(uniform, lower.double(), upper.double())
+    exact = boltzmann.truncated_normal(uniform, lower.double(), upper.double())
     assert th.equal(exact.float().clamp(lower, upper), draws)
     distribution = stats.truncnorm(lower.item(), upper.item())
     # 35 combinations: a true null falls below 1e-4 in one run of 300
@@ -29,14 +29,14 @@ def test_truncated_normal_is_exact_where_scipy_is() -> None:
     """Quantiles, also far in the tails, on either side."""
     uniform = th.linspace(0.001, 0.999, 99, dtype=th.float64)
     for low, high in ((-1.0, 2.0), (5.0, 9.0), (-9.0, -5.0), (8.0, 30.0), (-1000.0, 3.0), (-2.0, 998.0), (20.0, 20.5)):
-        draws = importance.truncated_normal(uniform, th.tensor(low).double(), th.tensor(high).double())
+        draws = boltzmann.truncated_normal(uniform, th.tensor(low).double(), th.tensor(high).double())
         assert np.allclose(draws, stats.truncnorm(low, high).ppf(uniform), rtol=1e-6, atol=1e-9)
 
 
 def test_extreme_uniform_numbers_give_the_ends() -> None:
     uniform = th.tensor([0.0, 1.0 - 2.0**-24, 1.0])
     for low, high in ((-1000.0, 3.0), (-3.0, 1000.0), (-1000.0, 1000.0), (50.0, 60.0), (-60.0, -50.0)):
-        draws = importance.truncated_normal(uniform, th.tensor(low), th.tensor(high))
+        draws = boltzmann.truncated_normal(uniform, th.tensor(low), th.tensor(high))
         assert th.isfinite(draws).all()
         assert (draws >= low).all() and (draws <= high).all()
 
@@ -49,7 +49,7 @@ def test_proposal_stays_in_the_box_without_nan_in_ten_million_draws() -> None:
         t[:1000], t[1000:2000] = 1e-3, 1 - 1e-3
         actions = 2 * th.rand(n, d, generator=generator) - 1
         noisy = (1 - t) * actions + t * th.randn(n, d, generator=generator)
-        samples = importance.gaussian_proposal(noisy, *linear_path(t), th.rand(n, k, d, generator=generator))
+        samples = boltzmann.gaussian_proposal(noisy, *linear_path(t), th.rand(n, k, d, generator=generator))
         assert samples.shape == (n, k, d)
         assert samples.abs().max() <= 1  # false for NaN
 
@@ -58,7 +58,7 @@ def test_proposal_centres_on_the_posterior() -> None:
     """Far from the walls the proposal is N(a_t / (1 - t), (t / (1 - t))^2)."""
     t, noisy = th.tensor([[0.05]]), th.tensor([[0.1, -0.2]])
     uniform = th.rand(1, 100_000, 2, generator=th.Generator().manual_seed(0))
-    samples = importance.gaussian_proposal(noisy, *linear_path(t), uniform)[0]
+    samples = boltzmann.gaussian_proposal(noisy, *linear_path(t), uniform)[0]
     scale = 0.05 / 0.95
     for column, mean in zip(samples.T, (noisy / 0.95)[0].tolist(), strict=True):
         assert stats.kstest(column.numpy(), stats.norm(mean, scale).cdf).pvalue > 1e-3
@@ -66,20 +66,16 @@ def test_proposal_centres_on_the_posterior() -> None:
 
 def test_actions_and_noise_invert_each_other() -> None:
     t, actions, noise = th.rand(10, 1) * 0.9, th.rand(10, 3) * 2 - 1, th.randn(10, 3)
-    assert th.allclose(
-        importance.actions_from_noise((1 - t) * actions + t * noise, noise, *linear_path(t)), actions, atol=1e-5
-    )
-    low, high = importance.truncated_noise_bounds(th.tensor([[0.5]]), *linear_path(th.tensor([[0.25]])))
-    assert importance.actions_from_noise(th.tensor([[0.5]]), low, *linear_path(th.tensor([[0.25]]))).item() == pytest.approx(1)
-    assert importance.actions_from_noise(th.tensor([[0.5]]), high, *linear_path(th.tensor([[0.25]]))).item() == pytest.approx(
-        -1
-    )
+    assert th.allclose(paths.actions_from_noise((1 - t) * actions + t * noise, noise, *linear_path(t)), actions, atol=1e-5)
+    low, high = paths.truncated_noise_bounds(th.tensor([[0.5]]), *linear_path(th.tensor([[0.25]])))
+    assert paths.actions_from_noise(th.tensor([[0.5]]), low, *linear_path(th.tensor([[0.25]]))).item() == pytest.approx(1)
+    assert paths.actions_from_noise(th.tensor([[0.5]]), high, *linear_path(th.tensor([[0.25]]))).item() == pytest.approx(-1)
 
 
 def test_equal_weights_have_all_samples_effective() -> None:
     k = 7
     actions, noisy, t = th.randn(5, k, 2), th.randn(5, 2), th.full((5, 1), 0.4)
-    velocity, size = importance.snis_velocity(th.full((5, k), 1 / k), actions, noisy, t)
+    velocity, size = boltzmann.snis_velocity(th.full((5, k), 1 / k), actions, noisy, t)
     assert th.allclose(size, th.full((5, 1), float(k)))
     assert th.allclose(velocity, (noisy - actions.mean(1)) / 0.4, atol=1e-6)
 
@@ -87,18 +83,18 @@ def test_equal_weights_have_all_samples_effective() -> None:
 def test_one_dominant_weight_leaves_one_sample() -> None:
     weights = th.tensor([[0.0, 1000.0, 3.0]]).softmax(1)
     actions = th.tensor([[[1.0], [2.0], [3.0]]])
-    velocity, size = importance.snis_velocity(weights, actions, th.tensor([[0.5]]), th.tensor([[0.5]]))
+    velocity, size = boltzmann.snis_velocity(weights, actions, th.tensor([[0.5]]), th.tensor([[0.5]]))
     assert size.item() == pytest.approx(1)
     assert velocity.item() == pytest.approx((0.5 - 2) / 0.5)
 
 
 def test_combination_weighs_by_sample_size() -> None:
-    combined, shares = importance.combine_by_sample_size(
+    combined, shares = boltzmann.combine_by_sample_size(
         [th.tensor([[1.0, 0.0]]), th.tensor([[0.0, 1.0]])], [th.tensor([[3.0]]), th.tensor([[1.0]])]
     )
     assert combined.tolist() == [[0.75, 0.25]]
     assert [share.item() for share in shares] == [0.75, 0.25]
-    alone, (share,) = importance.combine_by_sample_size([th.tensor([[2.0]])], [th.tensor([[5.0]])])
+    alone, (share,) = boltzmann.combine_by_sample_size([th.tensor([[2.0]])], [th.tensor([[5.0]])])
     assert alone.item() == 2 and share.item() == 1
 
 
@@ -118,12 +114,12 @@ def test_both_proposals_find_the_velocity_of_a_gaussian_policy() -> None:
 
     policy = th.distributions.Normal(0.0, 0.3)
     actions = 0.3 * th.randn(1, k, 1, generator=generator)
-    log_weights = importance.policy_log_weights(q(actions), policy.log_prob(actions).sum(-1), actions, noisy, t, ent_coef)
-    from_policy, _ = importance.snis_velocity(log_weights.softmax(1), actions, noisy, t)
+    log_weights = boltzmann.policy_log_weights(q(actions), policy.log_prob(actions).sum(-1), actions, noisy, t, ent_coef)
+    from_policy, _ = boltzmann.snis_velocity(log_weights.softmax(1), actions, noisy, t)
 
-    actions = importance.gaussian_proposal(noisy, *linear_path(t), th.rand(1, k, 1, generator=generator))
-    log_weights = importance.gaussian_log_weights(q(actions), ent_coef)
-    from_gaussian, _ = importance.snis_velocity(log_weights.softmax(1), actions, noisy, t)
+    actions = boltzmann.gaussian_proposal(noisy, *linear_path(t), th.rand(1, k, 1, generator=generator))
+    log_weights = boltzmann.gaussian_log_weights(q(actions), ent_coef)
+    from_gaussian, _ = boltzmann.snis_velocity(log_weights.softmax(1), actions, noisy, t)
 
     assert from_policy.item() == pytest.approx(expected, abs=0.01)
     assert from_gaussian.item() == pytest.approx(expected, abs=0.01)
@@ -132,11 +128,11 @@ def test_both_proposals_find_the_velocity_of_a_gaussian_policy() -> None:
 def test_walls_are_respected() -> None:
     """Constant Q on the box: E[a_0 | a_t] is the mean of the truncated Gaussian."""
     t, noisy = th.tensor([[0.5]]), th.tensor([[0.6]])
-    actions = importance.gaussian_proposal(
+    actions = boltzmann.gaussian_proposal(
         noisy, *linear_path(t), th.rand(1, 200_000, 1, generator=th.Generator().manual_seed(0))
     )
-    weights = importance.gaussian_log_weights(th.zeros(1, 200_000), 0.3).softmax(1)
-    velocity, size = importance.snis_velocity(weights, actions, noisy, t)
+    weights = boltzmann.gaussian_log_weights(th.zeros(1, 200_000), 0.3).softmax(1)
+    velocity, size = boltzmann.snis_velocity(weights, actions, noisy, t)
     centre, scale = 0.6 / 0.5, 1.0
     expected = stats.truncnorm((-1 - centre) / scale, (1 - centre) / scale, centre, scale).mean()
     assert velocity.item() == pytest.approx((0.6 - expected) / 0.5, abs=0.01)

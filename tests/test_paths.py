@@ -8,7 +8,7 @@ import pytest
 import torch as th
 from scipy import stats
 
-from sb3_mfpo.common import importance, mean_flow, score
+from sb3_mfpo.maths import boltzmann, mean_flow, paths
 from sb3_mfpo.som.som import PATHS
 
 TIMES = [0.05, 0.2, 0.4, 0.6, 0.9]
@@ -43,7 +43,7 @@ def noisy_actions(path: str, t: float, n: int) -> tuple[th.Tensor, th.Tensor, th
     actions = MEANS[th.randint(6, (n,), generator=generator)]
     actions = actions + STD * th.randn(n, 2, generator=generator, dtype=th.float64)
     noise = th.randn(n, 2, generator=generator, dtype=th.float64)
-    return times, mean_flow.interpolate(actions, noise, signal, sigma), signal, sigma
+    return times, paths.interpolate(actions, noise, signal, sigma), signal, sigma
 
 
 def relative_error(estimate: th.Tensor, truth: th.Tensor) -> float:
@@ -59,7 +59,7 @@ def test_scores_and_velocities_agree(path: str, t: float) -> None:
     """
     times, noisy, signal, sigma = noisy_actions(path, t, 500)
     scores, mean_action, mean_noise = exact(noisy, signal, sigma)
-    assert relative_error(score.score_from_mean_action(mean_action, noisy, signal, sigma), scores) < 1e-9
+    assert relative_error(boltzmann.score_from_mean_action(mean_action, noisy, signal, sigma), scores) < 1e-9
     _, (d_signal, d_sigma) = th.func.jvp(PATHS[path][0], (times,), (th.ones_like(times),))
     from_score = PATHS[path][1](noisy, scores, times)
     from_action = d_signal * mean_action + d_sigma * mean_noise
@@ -78,9 +78,9 @@ def test_posterior_mean_estimates_the_score(path: str, t: float) -> None:
     _, noisy, signal, sigma = noisy_actions(path, t, 32)
     uniform = th.rand(32, 20_000, 2, generator=th.Generator().manual_seed(1))
     noisy, signal, sigma = noisy.float(), signal.float(), sigma.float()
-    actions = importance.gaussian_proposal(noisy, signal, sigma, uniform)
-    mean_action, _ = importance.snis_mean(log_density(actions.double()).softmax(dim=1).float(), actions)
-    estimate = score.score_from_mean_action(mean_action, noisy, signal, sigma)
+    actions = boltzmann.gaussian_proposal(noisy, signal, sigma, uniform)
+    mean_action, _ = boltzmann.snis_mean(log_density(actions.double()).softmax(dim=1).float(), actions)
+    estimate = boltzmann.score_from_mean_action(mean_action, noisy, signal, sigma)
     truth, _, _ = exact(noisy.double(), signal.double(), sigma.double())
     error = relative_error(estimate.double(), truth)
     print(f"{path}, t = {t}: relative error {error:.3f}")
@@ -100,7 +100,7 @@ def test_gradients_give_the_score_in_the_limit(path: str, t: float) -> None:
     (gradients,) = th.autograd.grad(log_p.sum(), grid)
     noise = (noisy.unsqueeze(1) - signal.unsqueeze(1) * grid.detach()) / sigma.unsqueeze(1)
     weights = (log_p.detach() - 0.5 * noise.square().sum(-1)).softmax(dim=1)
-    estimate = score.score_from_gradients(weights, gradients.expand(5, -1, -1), signal)
+    estimate = boltzmann.score_from_gradients(weights, gradients.expand(5, -1, -1), signal)
     truth, _, _ = exact(noisy, signal, sigma, means)
     assert relative_error(estimate, truth) < 1e-6
 
@@ -110,10 +110,10 @@ def test_gradients_by_sampling(t: float) -> None:
     """As SOM draws them, where their variance allows: linear path, small t."""
     _, noisy, signal, sigma = noisy_actions("linear", t, 64)
     normal = th.randn(64, 20_000, 2, generator=th.Generator().manual_seed(1), dtype=th.float64)
-    actions = importance.actions_from_noise(noisy.unsqueeze(1), normal, signal.unsqueeze(1), sigma.unsqueeze(1))
+    actions = paths.actions_from_noise(noisy.unsqueeze(1), normal, signal.unsqueeze(1), sigma.unsqueeze(1))
     log_p = log_density(actions.requires_grad_())
     (gradients,) = th.autograd.grad(log_p.sum(), actions)
-    estimate = score.score_from_gradients(log_p.detach().softmax(dim=1), gradients, signal)
+    estimate = boltzmann.score_from_gradients(log_p.detach().softmax(dim=1), gradients, signal)
     truth, _, _ = exact(noisy, signal, sigma)
     assert relative_error(estimate, truth) < 0.1
 
@@ -125,16 +125,16 @@ def test_walls(path: str, t: float) -> None:
     signal, sigma = PATHS[path][0](times)
     noisy = signal * th.tensor([[0.0], [0.7], [1.4]], dtype=th.float64)
     uniform = th.rand(3, 100_000, 1, generator=th.Generator().manual_seed(0), dtype=th.float64)
-    actions = importance.gaussian_proposal(noisy, signal, sigma, uniform)
+    actions = boltzmann.gaussian_proposal(noisy, signal, sigma, uniform)
     weights = th.zeros(actions.shape[:2], dtype=th.float64).softmax(dim=1)
-    estimate = score.score_from_mean_action(importance.snis_mean(weights, actions)[0], noisy, signal, sigma)
+    estimate = boltzmann.score_from_mean_action(boltzmann.snis_mean(weights, actions)[0], noisy, signal, sigma)
     centres, scale = (noisy / signal).squeeze(1), (sigma / signal)[0].item()
     expected_mean = [stats.truncnorm((-1 - c) / scale, (1 - c) / scale, c, scale).mean() for c in centres.tolist()]
-    expected = score.score_from_mean_action(th.tensor(expected_mean)[:, None], noisy, signal, sigma)
+    expected = boltzmann.score_from_mean_action(th.tensor(expected_mean)[:, None], noisy, signal, sigma)
     print(expected.squeeze(1).tolist())
     assert th.allclose(estimate, expected, atol=0.02 * expected.abs().max().item())
     assert expected[2].item() < -0.2
-    assert (score.score_from_gradients(weights, th.zeros_like(actions), signal) == 0).all()
+    assert (boltzmann.score_from_gradients(weights, th.zeros_like(actions), signal) == 0).all()
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -162,23 +162,23 @@ def test_a_fine_solve_carries_noise_to_the_mixture(path: str) -> None:
 def test_variance_preserving_path() -> None:
     """It keeps the variance, its signal decays at half the noise rate, and single precision suffices."""
     t = th.linspace(0, 1, 101, dtype=th.float64)[:, None]
-    signal, sigma = score.variance_preserving_path(t)
+    signal, sigma = paths.variance_preserving_path(t)
     assert th.allclose(signal.square() + sigma.square(), th.ones_like(t), atol=1e-12)
-    _, rate = th.func.jvp(lambda t: score.variance_preserving_path(t)[0].log(), (t,), (th.ones_like(t),))
+    _, rate = th.func.jvp(lambda t: paths.variance_preserving_path(t)[0].log(), (t,), (th.ones_like(t),))
     assert th.allclose(rate, -0.5 * (0.1 + 19.9 * t), atol=1e-9)
     assert (signal[0].item(), sigma[0].item()) == (1, 0)
     assert signal[-1].item() == pytest.approx(math.exp(-0.5 * 10.05))
-    for single, double in zip(score.variance_preserving_path(t.float()), (signal, sigma), strict=True):
+    for single, double in zip(paths.variance_preserving_path(t.float()), (signal, sigma), strict=True):
         assert th.allclose(single.double(), double, rtol=1e-5, atol=0)
 
 
 def test_length_of_scores() -> None:
     scores = th.tensor([[3.0, 4.0], [0.0, 0.0], [-1e-3, 0.0]])
-    assert th.allclose(score.with_length(scores, 5.0), th.tensor([[3.0, 4.0], [0.0, 0.0], [-5.0, 0.0]]))
+    assert th.allclose(boltzmann.with_length(scores, 5.0), th.tensor([[3.0, 4.0], [0.0, 0.0], [-5.0, 0.0]]))
 
 
 def test_spread() -> None:
-    assert score.spread(th.tensor([[1.0, 3.0], [5.0, 7.0]])).item() == pytest.approx(math.sqrt(5))
+    assert boltzmann.spread(th.tensor([[1.0, 3.0], [5.0, 7.0]])).item() == pytest.approx(math.sqrt(5))
     # Equal values: zero but for rounding, and never zero
-    assert 0 < score.spread(th.full((4, 3), 7.3)).item() < 1e-6
-    assert score.spread(th.ones(1, 1)).item() > 0
+    assert 0 < boltzmann.spread(th.full((4, 3), 7.3)).item() < 1e-6
+    assert boltzmann.spread(th.ones(1, 1)).item() > 0

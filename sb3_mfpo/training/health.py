@@ -12,10 +12,10 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
-from sb3_mfpo.common.checks import check_integer, check_range
-from sb3_mfpo.common.critics import CategoricalCritic
-from sb3_mfpo.common.off_policy import FlowAlgorithm
-from sb3_mfpo.common.torch_layers import MultiInputMLP
+from sb3_mfpo.checks import check_integer, check_range
+from sb3_mfpo.nets.critics import CategoricalCritic
+from sb3_mfpo.nets.layers import MultiInputMLP
+from sb3_mfpo.training.actor_critic import FlowAlgorithm
 
 
 class HealthCallback(BaseCallback):

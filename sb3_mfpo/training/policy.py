@@ -16,12 +16,13 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Flatten
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
-from sb3_mfpo.common.categorical import reduce_values
-from sb3_mfpo.common.checks import check_choice, check_integer, check_range
-from sb3_mfpo.common.critics import CategoricalCritic, Critic, FeaturesModel, ScalarCritic
-from sb3_mfpo.common.files import replacing
-from sb3_mfpo.common.mean_flow import few_step_sample
-from sb3_mfpo.common.torch_layers import FlowMLP, TanhGELU, embed_grid, in_chunks, is_bare, is_traced, linearize_call
+from sb3_mfpo.checks import check_choice, check_integer, check_range
+from sb3_mfpo.maths.categorical import reduce_values
+from sb3_mfpo.maths.mean_flow import few_step_sample
+from sb3_mfpo.nets.critics import CategoricalCritic, Critic, ScalarCritic
+from sb3_mfpo.nets.flow import FlowMLP, MeanFlowActor, embed_grid
+from sb3_mfpo.nets.layers import TanhGELU, in_chunks, is_traced
+from sb3_mfpo.runs.files import replacing
 
 CRITIC_REDUCTIONS = ("min", "mean")
 CHOICES = {
@@ -82,77 +83,6 @@ def spread_noise(n_points: int, dim: int) -> th.Tensor:
     return th.special.ndtri(th.as_tensor((ranks + 0.5) / n_points)).float()
 
 
-class MeanFlowActor(FeaturesModel):
-    """
-    Average velocity u(s, a_t, r, t) of the flow that carries noise (t = 1) to actions (t = 0).
-
-    :param observation_space: Observation space
-    :param action_space: Action space
-    :param features_extractor: Network to extract features
-    :param network: The network behind the features
-    :param normalize_images: Whether to divide images by 255
-    """
-
-    def __init__(
-        self,
-        observation_space: spaces.Space,
-        action_space: spaces.Box,
-        features_extractor: BaseFeaturesExtractor,
-        network: FlowMLP,
-        normalize_images: bool = True,
-    ):
-        super().__init__(observation_space, action_space, features_extractor, normalize_images)
-        self.network = network
-
-    def forward(self, features: th.Tensor, noisy_actions: th.Tensor, interval: th.Tensor) -> th.Tensor:
-        """
-        :param features: State features, shape (..., features_dim)
-        :param noisy_actions: a_t, shape (..., d)
-        :param interval: Embedding of [r, t], from ``embed``, shape (..., time_embedding_dim)
-        :return: Average velocity over [r, t], shape (..., d)
-        """
-        return self.network(features, noisy_actions, interval)
-
-    def embed(self, t: th.Tensor, length: th.Tensor) -> th.Tensor:
-        """
-        :param t: End of the interval in [0, 1], shape (..., 1)
-        :param length: Its length t - r in [0, t], shape (..., 1)
-        :return: Embedding of the interval, shape (..., time_embedding_dim)
-        """
-        return self.network.embed(t, length)
-
-    def linearize(
-        self, features: th.Tensor, noisy_actions: th.Tensor, t: th.Tensor, length: th.Tensor
-    ) -> tuple[th.Tensor, Callable[..., th.Tensor]]:
-        """
-        Average velocity over [r, t], and its derivatives with respect to a_t and t.
-
-        :param features: State features, shape (B, ..., features_dim)
-        :param noisy_actions: a_t, shape (B, ..., d)
-        :param t: End of the interval in [0, 1], shape (..., 1)
-        :param length: Its length t - r in [0, t], shape (..., 1)
-        :return: Average velocity, shape (B, ..., d); the function that multiplies the Jacobian by tangents, without gradient,
-            see ``FlowMLP.linearize``
-        """
-        if is_bare(self) and type(self).forward is MeanFlowActor.forward:
-            return self.network.linearize(features, noisy_actions, t, length)
-        return linearize_call(self, features, noisy_actions, t, length)
-
-    def linearize_velocity(
-        self, features: th.Tensor, noisy_actions: th.Tensor, t: th.Tensor
-    ) -> tuple[th.Tensor, Callable[..., th.Tensor]]:
-        """
-        Instantaneous velocity v(s, a_t, t) = u(s, a_t, t, t), and its Jacobian with respect to a_t.
-
-        :param features: State features, shape (B, ..., features_dim)
-        :param noisy_actions: a_t, shape (B, ..., d)
-        :param t: Time in [0, 1], shape (..., 1)
-        :return: d a_t / dt, shape (B, ..., d); the function that multiplies the Jacobian by vectors, shape (N, B, ..., d),
-            without gradient
-        """
-        return self.linearize(features, noisy_actions, t, th.zeros_like(t))
-
-
 class FlowPolicy(BasePolicy):
     """
     Policy with a mean-flow actor and critics: base of those of MFPO and SOM. They say of what else a policy consists
@@ -175,7 +105,7 @@ class FlowPolicy(BasePolicy):
     :param v_min: Lowest atom, in units of (soft, discounted) return
     :param v_max: Highest atom, in units of (soft, discounted) return
     :param value_init: What the value distributions start as: "uniform" (nearly so, as in MFPO's paper) or "narrow" (around 0),
-        which does not wait for them to narrow, see :func:`sb3_mfpo.common.categorical.narrow_logits`
+        which does not wait for them to narrow, see :func:`sb3_mfpo.maths.categorical.narrow_logits`
     :param critic_reduction: "min" or "mean" over the critics when candidates are compared; set by the algorithm
     :param features_extractor_class: Features extractor to use; by default one that suits the policy's kind of observations
         (``FlattenExtractor``, ``NatureCNN``, ``CombinedExtractor``)

@@ -15,8 +15,8 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 from torch.nn import functional as F
 
-from sb3_mfpo.common import categorical
-from sb3_mfpo.common.torch_layers import MultiInputMLP, in_chunks, init_linear_layers
+from sb3_mfpo.maths import categorical
+from sb3_mfpo.nets.layers import MultiInputMLP, in_chunks, init_linear_layers
 
 
 class FeaturesModel(BaseModel):

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, prune
 
-from sb3_mfpo.common import torch_layers
-from sb3_mfpo.common.torch_layers import FlowMLP, MultiInputMLP, TanhGELU, TimeEmbedding, embed_grid, in_chunks
+from sb3_mfpo.nets import layers
+from sb3_mfpo.nets.flow import FlowMLP, TimeEmbedding, embed_grid
+from sb3_mfpo.nets.layers import MultiInputMLP, TanhGELU, in_chunks
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -50,8 +51,8 @@ def test_chunks_change_nothing(n_points: int, shared: bool) -> None:
         first, second = in_chunks(function, features, points)
         assert th.equal(in_chunks(lambda *chunk: function(*chunk)[0], features, points), first)
     assert th.equal(first, features.sum(-1) * points[..., 0]) and th.equal(second, points * 2)
-    assert max(rows) <= torch_layers.CACHED_ROWS
-    assert len(rows) == 2 * -(-50 // (torch_layers.CACHED_ROWS // n_points))
+    assert max(rows) <= layers.CACHED_ROWS
+    assert len(rows) == 2 * -(-50 // (layers.CACHED_ROWS // n_points))
 
 
 def test_chunks_are_not_cut_where_a_gradient_is_needed() -> None:
@@ -233,7 +234,7 @@ def test_a_grid_of_times_is_the_network_step_by_step() -> None:
 
 
 def test_gelu_is_the_same_function_on_both_paths() -> None:
-    x = th.linspace(-30, 30, 2 * torch_layers.MANY_NUMBERS)
+    x = th.linspace(-30, 30, 2 * layers.MANY_NUMBERS)
     expected = F.gelu(x.double(), approximate="tanh")
     with th.no_grad():
         assert (TanhGELU()(x) - expected).abs().max() < 2e-6

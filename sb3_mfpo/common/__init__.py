@@ -1,1 +1,0 @@
-"""Maths, modules and plumbing that the algorithms of this package share."""

@@ -1,0 +1,294 @@
+"""The network of a state, a noisy action and a time interval, and the mean-flow actor on top of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from torch import nn
+
+from sb3_mfpo.nets.critics import FeaturesModel
+from sb3_mfpo.nets.layers import (
+    ALL_ROWS,
+    BroadcastLinear,
+    MultiInputMLP,
+    PushForward,
+    differentiate,
+    has_global_hooks,
+    init_linear_layers,
+    is_bare,
+    linearize,
+)
+
+
+class TimeEmbedding(nn.Module):
+    """
+    Embedding of a time: learned Fourier features followed by a small MLP (paper, App. on implementation details).
+
+    :param fourier_dim: Number of Fourier features, cosines and sines together (even)
+    :param embedding_dim: Width of both layers of the MLP, and of its output
+    :param activation_fn: Makes the activation between the two layers
+    """
+
+    # Standard deviation of the initial frequencies (authors' code)
+    FREQUENCY_STD = 0.2
+
+    phases: th.Tensor
+
+    def __init__(self, fourier_dim: int, embedding_dim: int, activation_fn: Callable[[], nn.Module]):
+        super().__init__()
+        self.frequencies = nn.Parameter(self.FREQUENCY_STD * th.randn(fourier_dim // 2))
+        # A cosine is a sine a quarter of a turn later
+        self.register_buffer("phases", th.tensor([[math.pi / 2], [0.0]]), persistent=False)
+        self.mlp = nn.Sequential(
+            nn.Linear(fourier_dim, embedding_dim),
+            activation_fn(),
+            nn.Linear(embedding_dim, embedding_dim),
+        )
+
+    def forward(self, time: th.Tensor) -> th.Tensor:
+        """
+        :param time: shape (..., 1)
+        :return: shape (..., embedding_dim)
+        """
+        return self.mlp(self.fourier_features(time))
+
+    def fourier_features(self, time: th.Tensor) -> th.Tensor:
+        """
+        Cosines, then sines, of ``2 pi time * frequency``.
+
+        :param time: Times or time differences in [0, 1], shape (..., 1)
+        :return: Features in [-1, 1], shape (..., fourier_dim)
+        """
+        return self._angles(time).sin().flatten(-2)
+
+    def _angles(self, time: th.Tensor) -> th.Tensor:
+        # One sine for both: operators are what a single action pays for
+        return th.addcmul(self.phases, time.unsqueeze(-1), self.frequencies, value=2 * math.pi)
+
+    def linearize(self, time: th.Tensor) -> tuple[th.Tensor, PushForward]:
+        """
+        By hand, for bare modules alone: see ``FlowMLP.linearize``.
+
+        :param time: shape (B, ..., 1)
+        :return: The embedding, and the function that carries a tangent of the time to that of the embedding
+        """
+        angles = self._angles(time)
+        output, push_forward = linearize(self.mlp, angles.sin().flatten(-2))
+
+        @th.no_grad()
+        def push_time(tangent: th.Tensor, rows: slice = ALL_ROWS) -> th.Tensor:
+            speed = 2 * math.pi * tangent.unsqueeze(-1) * self.frequencies
+            return push_forward((angles.detach()[rows].cos() * speed).flatten(-2), rows)
+
+        return output, push_time
+
+
+class FlowMLP(nn.Module):
+    """
+    Network of a state, a noisy action and a time interval [r, t]: the mean-flow actor and the average divergence network.
+
+    :param features_dim: Size of the state's features
+    :param action_dim: Number of action coordinates
+    :param output_dim: Size of the output
+    :param net_arch: Widths of the hidden layers
+    :param activation_fn: Makes the activations
+    :param layer_norm: Whether to use LayerNorm in the hidden layers
+    :param time_fourier_dim: Number of Fourier features of each of t and t - r
+    :param time_embedding_dim: Size of their embeddings, which are added
+    :param instantaneous: Ignore the interval's length and return the value at t, as in flow matching (an ablation)
+    """
+
+    def __init__(
+        self,
+        features_dim: int,
+        action_dim: int,
+        output_dim: int,
+        net_arch: Sequence[int],
+        activation_fn: Callable[[], nn.Module],
+        layer_norm: bool,
+        time_fourier_dim: int,
+        time_embedding_dim: int,
+        instantaneous: bool,
+    ):
+        super().__init__()
+        self.instantaneous = instantaneous
+        self.time_embedding = TimeEmbedding(time_fourier_dim, time_embedding_dim, activation_fn)
+        self.length_embedding = TimeEmbedding(time_fourier_dim, time_embedding_dim, activation_fn)
+        # The bias goes with the state's features
+        self.mlp = MultiInputMLP(
+            [action_dim, features_dim, time_embedding_dim], 1, output_dim, net_arch, activation_fn, layer_norm
+        )
+        init_linear_layers(self)
+
+    def forward(self, features: th.Tensor, noisy_actions: th.Tensor, interval: th.Tensor) -> th.Tensor:
+        """
+        All leading dimensions broadcast: features of shape (B, 1, S) serve K actions each, of shape (B, K, d), and an interval
+        of shape (1, E) serves them all.
+
+        :param features: State features, shape (..., features_dim)
+        :param noisy_actions: Points on the flow's path, shape (..., action_dim)
+        :param interval: Embedding of the time interval, from ``embed``, shape (..., time_embedding_dim)
+        :return: Average over the interval, shape (..., output_dim)
+        """
+        # Within `autocast` layers return fewer digits
+        return self.mlp(noisy_actions, features, interval).to(noisy_actions.dtype)
+
+    def embed(self, t: th.Tensor, length: th.Tensor) -> th.Tensor:
+        """
+        :param t: End of the interval in [0, 1] (t = 1 is noise, t = 0 is the action), shape (..., 1)
+        :param length: Length t - r of the interval in [0, t], shape (..., 1)
+        :return: Embedding of the interval, shape (..., time_embedding_dim)
+        """
+        return self.time_embedding(t) + self.length_embedding(th.zeros_like(length) if self.instantaneous else length)
+
+    def linearize(
+        self, features: th.Tensor, noisy_actions: th.Tensor, t: th.Tensor, length: th.Tensor
+    ) -> tuple[th.Tensor, Callable[..., th.Tensor]]:
+        """
+        :param features: State features, shape (B, ..., features_dim)
+        :param noisy_actions: Points on the flow's path, shape (B, ..., action_dim)
+        :param t: End of the interval in [0, 1], shape (B, ..., 1)
+        :param length: Length t - r of the interval in [0, t], shape (B, ..., 1)
+        :return: What ``forward`` returns, and the function that carries tangents to that of the output, without gradient:
+            ``(action_tangent, time_tangent=None, rows=slice(None))``, the time tangent being that of t and, as r is fixed, of
+            the length
+        """
+        if not self._is_bare():
+            return linearize_call(self, features, noisy_actions, t, length)
+        t_embedding, push_t = self.time_embedding.linearize(t)
+        length_embedding, push_length = self.length_embedding.linearize(
+            th.zeros_like(length) if self.instantaneous else length
+        )
+        output, push_forward = self.mlp.linearize(noisy_actions, features, t_embedding + length_embedding)
+
+        def push_all(action_tangent: th.Tensor, time_tangent: th.Tensor | None = None, rows: slice = ALL_ROWS) -> th.Tensor:
+            if time_tangent is None:
+                return push_forward(action_tangent, None, None, rows=rows)
+            embedding_tangent = push_t(time_tangent, rows)
+            if not self.instantaneous:
+                embedding_tangent = embedding_tangent + push_length(time_tangent, rows)
+            return push_forward(action_tangent, None, embedding_tangent, rows=rows)
+
+        return output, push_all
+
+    def _is_bare(self) -> bool:
+        if has_global_hooks() or th.is_autocast_enabled(self.time_embedding.frequencies.device.type):
+            return False
+        formulas = {kind: kind.forward for kind in (FlowMLP, TimeEmbedding, MultiInputMLP, BroadcastLinear, nn.Sequential)}
+        return all(
+            is_bare(module)
+            and all(type(module).forward is forward for kind, forward in formulas.items() if isinstance(module, kind))
+            for module in self.modules()
+        )
+
+
+class MeanFlowActor(FeaturesModel):
+    """
+    Average velocity u(s, a_t, r, t) of the flow that carries noise (t = 1) to actions (t = 0).
+
+    :param observation_space: Observation space
+    :param action_space: Action space
+    :param features_extractor: Network to extract features
+    :param network: The network behind the features
+    :param normalize_images: Whether to divide images by 255
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        features_extractor: BaseFeaturesExtractor,
+        network: FlowMLP,
+        normalize_images: bool = True,
+    ):
+        super().__init__(observation_space, action_space, features_extractor, normalize_images)
+        self.network = network
+
+    def forward(self, features: th.Tensor, noisy_actions: th.Tensor, interval: th.Tensor) -> th.Tensor:
+        """
+        :param features: State features, shape (..., features_dim)
+        :param noisy_actions: a_t, shape (..., d)
+        :param interval: Embedding of [r, t], from ``embed``, shape (..., time_embedding_dim)
+        :return: Average velocity over [r, t], shape (..., d)
+        """
+        return self.network(features, noisy_actions, interval)
+
+    def embed(self, t: th.Tensor, length: th.Tensor) -> th.Tensor:
+        """
+        :param t: End of the interval in [0, 1], shape (..., 1)
+        :param length: Its length t - r in [0, t], shape (..., 1)
+        :return: Embedding of the interval, shape (..., time_embedding_dim)
+        """
+        return self.network.embed(t, length)
+
+    def linearize(
+        self, features: th.Tensor, noisy_actions: th.Tensor, t: th.Tensor, length: th.Tensor
+    ) -> tuple[th.Tensor, Callable[..., th.Tensor]]:
+        """
+        Average velocity over [r, t], and its derivatives with respect to a_t and t.
+
+        :param features: State features, shape (B, ..., features_dim)
+        :param noisy_actions: a_t, shape (B, ..., d)
+        :param t: End of the interval in [0, 1], shape (..., 1)
+        :param length: Its length t - r in [0, t], shape (..., 1)
+        :return: Average velocity, shape (B, ..., d); the function that multiplies the Jacobian by tangents, without gradient,
+            see ``FlowMLP.linearize``
+        """
+        if is_bare(self) and type(self).forward is MeanFlowActor.forward:
+            return self.network.linearize(features, noisy_actions, t, length)
+        return linearize_call(self, features, noisy_actions, t, length)
+
+    def linearize_velocity(
+        self, features: th.Tensor, noisy_actions: th.Tensor, t: th.Tensor
+    ) -> tuple[th.Tensor, Callable[..., th.Tensor]]:
+        """
+        Instantaneous velocity v(s, a_t, t) = u(s, a_t, t, t), and its Jacobian with respect to a_t.
+
+        :param features: State features, shape (B, ..., features_dim)
+        :param noisy_actions: a_t, shape (B, ..., d)
+        :param t: Time in [0, 1], shape (..., 1)
+        :return: d a_t / dt, shape (B, ..., d); the function that multiplies the Jacobian by vectors, shape (N, B, ..., d),
+            without gradient
+        """
+        return self.linearize(features, noisy_actions, t, th.zeros_like(t))
+
+
+def linearize_call(
+    module: nn.Module, features: th.Tensor, noisy_actions: th.Tensor, t: th.Tensor, length: th.Tensor
+) -> tuple[th.Tensor, Callable[..., th.Tensor]]:
+    """
+    ``FlowMLP.linearize`` of anything that is called like one, by automatic differentiation.
+
+    :param module: Has the ``forward`` and ``embed`` of ``FlowMLP``
+    :param features: State features, shape (B, ..., features_dim)
+    :param noisy_actions: Points on the flow's path, shape (B, ..., action_dim)
+    :param t: End of the interval in [0, 1], shape (B, ..., 1)
+    :param length: Length t - r of the interval in [0, t], shape (B, ..., 1)
+    :return: As ``FlowMLP.linearize``
+    """
+    embed: Any = module.embed
+    output, push_points = differentiate(
+        lambda noisy_actions, t, length: module(features, noisy_actions, embed(t, length)), noisy_actions, t, length
+    )
+
+    def push_all(action_tangent: th.Tensor, time_tangent: th.Tensor | None = None, rows: slice = ALL_ROWS) -> th.Tensor:
+        return push_points(action_tangent, time_tangent, time_tangent, rows=rows)
+
+    return output, push_all
+
+
+def embed_grid(network: nn.Module, times: th.Tensor) -> tuple[th.Tensor, ...]:
+    """
+    Embed all intervals of a grid at once.
+
+    :param network: Has the ``embed`` of ``FlowMLP``
+    :param times: Grid from 1 (noise) down to 0 (action), shape (T + 1,)
+    :return: Embeddings of the T intervals, shape (1, time_embedding_dim) each
+    """
+    embed: Any = network.embed
+    return embed(times[:-1, None], (times[:-1] - times[1:])[:, None]).split(1)

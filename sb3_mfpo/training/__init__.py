@@ -1,0 +1,1 @@
+"""What makes of networks and equations a Stable-Baselines3 algorithm."""
