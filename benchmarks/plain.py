@@ -59,12 +59,10 @@ def embedding(time: th.Tensor, module: nn.Module) -> th.Tensor:
     return last(F.gelu(first(th.cat([angles.cos(), angles.sin()], dim=-1)), approximate="tanh"))
 
 
-def flow(network: FlowMLP, features: th.Tensor, actions: th.Tensor, t: th.Tensor, length: th.Tensor) -> th.Tensor:
+def flow(network: FlowMLP, features: th.Tensor, actions: th.Tensor, t: th.Tensor, h: th.Tensor) -> th.Tensor:
     """Average over an interval: every action has its own embedding."""
-    t, length = (value.expand(*actions.shape[:-1], 1) for value in (t, length))
-    return mlp(
-        network.mlp, actions, features, embedding(t, network.time_embedding) + embedding(length, network.length_embedding)
-    )
+    t, h = (value.expand(*actions.shape[:-1], 1) for value in (t, h))
+    return mlp(network.mlp, actions, features, embedding(t, network.time_embedding) + embedding(h, network.length_embedding))
 
 
 def sample(model: MFPO, features: th.Tensor, noise: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
@@ -106,8 +104,8 @@ def plain_step(model: MFPO, batch: ReplayBufferSamples, draws: GradientStepDraws
     with th.no_grad():
         next_actions, next_log_prob = sample(model, next_observations, draws.next_noise)
         logits = th.stack([mlp(q, next_observations, next_actions) for q in model.critic_target.q_networks])  # type: ignore[arg-type]
-        bonus = -alpha * next_log_prob.unsqueeze(1)
-        positions = batch.rewards + (1 - batch.dones) * model.gamma * (atoms + bonus)
+        entropy_bonus = -alpha * next_log_prob.unsqueeze(1)
+        positions = batch.rewards + (1 - batch.dones) * model.gamma * (atoms + entropy_bonus)
         projected = categorical.project(logits.softmax(-1), positions, atoms)
         target = categorical.reduce_distributions(projected, atoms, model.critic_reduction)
     logits = th.stack([mlp(q, observations, batch.actions) for q in model.critic.q_networks])  # type: ignore[arg-type]
@@ -133,8 +131,8 @@ def plain_step(model: MFPO, batch: ReplayBufferSamples, draws: GradientStepDraws
         velocity = (sizes[0] * estimates[0] + sizes[1] * estimates[1]) / (sizes[0] + sizes[1])
 
     # Actor
-    def average_velocity(a: th.Tensor, t: th.Tensor, length: th.Tensor) -> th.Tensor:
-        return flow(model.actor.network, observations, a, t, length)
+    def average_velocity(a: th.Tensor, t: th.Tensor, h: th.Tensor) -> th.Tensor:
+        return flow(model.actor.network, observations, a, t, h)
 
     one = th.ones_like(t)
     with th.no_grad():
@@ -146,8 +144,8 @@ def plain_step(model: MFPO, batch: ReplayBufferSamples, draws: GradientStepDraws
     t, r, noise = draws.divergence
     noisy = (1 - t) * actions[:, 0] + t * noise
 
-    def average_divergence(a: th.Tensor, t: th.Tensor, length: th.Tensor) -> th.Tensor:
-        return flow(divergence_network, observations, a, t, length)
+    def average_divergence(a: th.Tensor, t: th.Tensor, h: th.Tensor) -> th.Tensor:
+        return flow(divergence_network, observations, a, t, h)
 
     with th.no_grad():
         velocity = average_velocity(noisy, t, th.zeros_like(t))

@@ -341,8 +341,8 @@ def actor_loss(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
     with th.no_grad():
         out["meanflow/u_pred"] = model.actor(features, noisy, model.actor.embed(t, t - r))
     velocity = g["snis/cdq/velocity"]
-    _, push_forward = model.actor.linearize(features, noisy, t, t - r)
-    out["meanflow/du_dt"] = push_forward(velocity, th.ones_like(t))
+    _, jvp = model.actor.linearize(features, noisy, t, t - r)
+    out["meanflow/du_dt"] = jvp(velocity, th.ones_like(t))
     out["meanflow/target"] = mean_flow.mean_flow_target(velocity, t - r, g["meanflow/du_dt"])
     out["meanflow/loss_per_row"] = (g["meanflow/u_pred"] - g["meanflow/target"]).square().mean(dim=1)
     # The shipped step, from proposals to gradient
@@ -374,8 +374,8 @@ def adn_loss(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
         out["adn_loss/divergence_exact"] = exact_divergence(jacobian_product, noisy)
         out["adn_loss/pred"] = model.divergence(features, noisy, model.divergence.embed(t, t - r))
         velocity, divergence = g["adn_loss/velocity"], g["adn_loss/divergence"]
-        _, push_forward = model.divergence.linearize(features, noisy, t, t - r)
-        out["adn_loss/du_dt"] = push_forward(velocity, th.ones_like(t))
+        _, jvp = model.divergence.linearize(features, noisy, t, t - r)
+        out["adn_loss/du_dt"] = jvp(velocity, th.ones_like(t))
         out["adn_loss/target"] = mean_flow.mean_flow_target(divergence, t - r, g["adn_loss/du_dt"])
         out["adn_loss/loss_per_row"] = (g["adn_loss/pred"] - g["adn_loss/target"]).square().squeeze(1)
     # The shipped step

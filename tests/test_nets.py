@@ -83,17 +83,17 @@ def test_tangents_are_those_of_forward_mode(
     length, one = t * th.rand(9, 1).double(), th.ones(4, 1).double()
     velocity, probes = th.randn(4, 3).double(), th.randn(2, 9, 3).double()
 
-    output, push_forward = network.linearize(features, actions, t, length)
+    output, jvp = network.linearize(features, actions, t, length)
     assert output.requires_grad and th.allclose(output, plain_call(network, features, actions, t, length), atol=1e-12)
     rows = slice(5, None)
-    along = push_forward(velocity, one, rows=rows)
+    along = jvp(velocity, one, rows=rows)
     _, expected = th.func.jvp(
         lambda a, t, length: plain_call(network, features[rows], a, t, length),
         (actions[rows], t[rows], length[rows]),
         (velocity, one, one),
     )
     assert not along.requires_grad and th.allclose(along, expected, atol=1e-12)
-    products = push_forward(probes)
+    products = jvp(probes)
     for probe, product in zip(probes, products, strict=True):
         _, expected = th.func.jvp(lambda a: plain_call(network, features, a, t, length), (actions,), (probe,))
         assert th.allclose(product, expected, atol=1e-12)
@@ -161,12 +161,12 @@ def test_tangents_of_a_changed_network_are_those_of_its_calls(change: str) -> No
     inputs = [th.randn(9, 4).double(), th.randn(9, 3).double(), th.rand(9, 1).double(), th.rand(9, 1).double()]
     vector, one = th.randn(9, 3).double(), th.ones(9, 1).double()
     expected, derivative = th.func.jvp(partial(plain_call, twin, inputs[0]), tuple(inputs[1:]), (vector, one, one))
-    output, push_forward = network.linearize(*inputs)
+    output, jvp = network.linearize(*inputs)
     assert th.allclose(output, expected, atol=1e-12)
-    assert th.allclose(push_forward(vector, one), derivative, atol=1e-12)
+    assert th.allclose(jvp(vector, one), derivative, atol=1e-12)
     rows = slice(6, None)
-    assert th.allclose(push_forward(vector[rows], one[rows], rows=rows), derivative[rows], atol=1e-12)
-    both = push_forward(th.stack([vector, 2 * vector]))
+    assert th.allclose(jvp(vector[rows], one[rows], rows=rows), derivative[rows], atol=1e-12)
+    both = jvp(th.stack([vector, 2 * vector]))
     assert both.shape == (2, 9, 2) and th.allclose(both[1], 2 * both[0], atol=1e-12)
     with th.no_grad():
         assert not network.linearize(*inputs)[0].requires_grad
@@ -176,18 +176,18 @@ def test_tangents_of_a_changed_network_are_those_of_its_calls(change: str) -> No
 def test_tangents_share_the_random_numbers_of_the_output(activation_fn: Callable[[], nn.Module]) -> None:
     network = FlowMLP(4, 3, 2, [16, 12], activation_fn, True, 8, 6, instantaneous=False).double()
     inputs = [th.randn(9, 4).double(), th.randn(9, 3).double(), th.rand(9, 1).double(), th.rand(9, 1).double()]
-    output, push_forward = network.linearize(*inputs)
+    output, jvp = network.linearize(*inputs)
     vector, one, small = th.randn(9, 3).double(), th.ones(9, 1).double(), 1e-6
     # The output is linear in a small step, unless other units are dropped
     state = th.get_rng_state()
     th.manual_seed(0)
-    output, push_forward = network.linearize(*inputs)
+    output, jvp = network.linearize(*inputs)
     th.manual_seed(0)
     moved = network.linearize(
         inputs[0], *(point + small * tangent for point, tangent in zip(inputs[1:], (vector, one, one), strict=True))
     )[0]
     th.set_rng_state(state)
-    assert th.allclose((moved - output) / small, push_forward(vector, one), atol=1e-4)
+    assert th.allclose((moved - output) / small, jvp(vector, one), atol=1e-4)
 
 
 def test_global_hooks_see_every_module_of_a_network() -> None:
@@ -208,8 +208,8 @@ def test_the_linearised_output_has_the_gradient_of_forward() -> None:
     plain_call(network, *inputs).square().sum().backward()
     expected = [parameter.grad for parameter in network.parameters()]
     network.zero_grad()
-    output, push_forward = network.linearize(*inputs)
-    push_forward(th.randn(9, 3), th.ones(9, 1))
+    output, jvp = network.linearize(*inputs)
+    jvp(th.randn(9, 3), th.ones(9, 1))
     output.square().sum().backward()
     for parameter, gradient in zip(network.parameters(), expected, strict=True):
         assert th.allclose(parameter.grad, gradient, atol=1e-5)

@@ -23,14 +23,14 @@ def log_density(actions: th.Tensor, means: th.Tensor = MEANS) -> th.Tensor:
 
 
 def exact(
-    noisy: th.Tensor, signal: th.Tensor, sigma: th.Tensor, means: th.Tensor = MEANS
+    noisy: th.Tensor, mu: th.Tensor, sigma: th.Tensor, means: th.Tensor = MEANS
 ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
     """Score, E[a_0 | a_t] and E[eps | a_t] of the mixture at a_t: every component stays Gaussian."""
-    variance = signal.square() * STD**2 + sigma.square()
-    offsets = noisy.unsqueeze(-2) - signal.unsqueeze(-1) * means
+    variance = mu.square() * STD**2 + sigma.square()
+    offsets = noisy.unsqueeze(-2) - mu.unsqueeze(-1) * means
     share = (-0.5 * offsets.square().sum(-1) / variance).softmax(-1).unsqueeze(-1)
     scores = -(share * offsets).sum(-2) / variance
-    mean_action = (share * (means + signal.unsqueeze(-1) * STD**2 / variance.unsqueeze(-1) * offsets)).sum(-2)
+    mean_action = (share * (means + mu.unsqueeze(-1) * STD**2 / variance.unsqueeze(-1) * offsets)).sum(-2)
     mean_noise = (share * sigma.unsqueeze(-1) / variance.unsqueeze(-1) * offsets).sum(-2)
     return scores, mean_action, mean_noise
 
@@ -39,11 +39,11 @@ def noisy_actions(path: str, t: float, n: int) -> tuple[th.Tensor, th.Tensor, th
     """Points on the paths of the mixture: t, a_t, mu_t, sigma_t."""
     generator = th.Generator().manual_seed(0)
     times = th.full((n, 1), t, dtype=th.float64)
-    signal, sigma = PATHS[path][0](times)
+    mu, sigma = PATHS[path][0](times)
     actions = MEANS[th.randint(6, (n,), generator=generator)]
     actions = actions + STD * th.randn(n, 2, generator=generator, dtype=th.float64)
     noise = th.randn(n, 2, generator=generator, dtype=th.float64)
-    return times, paths.interpolate(actions, noise, signal, sigma), signal, sigma
+    return times, paths.interpolate(actions, noise, mu, sigma), mu, sigma
 
 
 def relative_error(estimate: th.Tensor, truth: th.Tensor) -> float:
@@ -57,13 +57,13 @@ def test_scores_and_velocities_agree(path: str, t: float) -> None:
     Score from the posterior mean; and three forms of the velocity: from the score, mu' E[a_0] + sigma' E[eps], and the same
     with E[a_0] = (a_t - sigma E[eps]) / mu. mu' and sigma' come from automatic differentiation.
     """
-    times, noisy, signal, sigma = noisy_actions(path, t, 500)
-    scores, mean_action, mean_noise = exact(noisy, signal, sigma)
-    assert relative_error(boltzmann.score_from_mean_action(mean_action, noisy, signal, sigma), scores) < 1e-9
+    times, noisy, mu, sigma = noisy_actions(path, t, 500)
+    scores, mean_action, mean_noise = exact(noisy, mu, sigma)
+    assert relative_error(boltzmann.score_from_mean_action(mean_action, noisy, mu, sigma), scores) < 1e-9
     _, (d_signal, d_sigma) = th.func.jvp(PATHS[path][0], (times,), (th.ones_like(times),))
     from_score = PATHS[path][1](noisy, scores, times)
     from_action = d_signal * mean_action + d_sigma * mean_noise
-    from_noise = d_signal / signal * (noisy - sigma * mean_noise) + d_sigma * mean_noise
+    from_noise = d_signal / mu * (noisy - sigma * mean_noise) + d_sigma * mean_noise
     assert relative_error(from_score, from_action) < 1e-6
     assert relative_error(from_score, from_noise) < 1e-6
     if path == "linear":
@@ -75,13 +75,13 @@ def test_scores_and_velocities_agree(path: str, t: float) -> None:
 @pytest.mark.parametrize("path", PATHS)
 def test_posterior_mean_estimates_the_score(path: str, t: float) -> None:
     """20 000 samples at 32 points; the error is that of Monte Carlo (the density beyond the walls is 0.1 %)."""
-    _, noisy, signal, sigma = noisy_actions(path, t, 32)
+    _, noisy, mu, sigma = noisy_actions(path, t, 32)
     uniform = th.rand(32, 20_000, 2, generator=th.Generator().manual_seed(1))
-    noisy, signal, sigma = noisy.float(), signal.float(), sigma.float()
-    actions = boltzmann.gaussian_proposal(noisy, signal, sigma, uniform)
+    noisy, mu, sigma = noisy.float(), mu.float(), sigma.float()
+    actions = boltzmann.gaussian_proposal(noisy, mu, sigma, uniform)
     mean_action, _ = boltzmann.snis_mean(log_density(actions.double()).softmax(dim=1).float(), actions)
-    estimate = boltzmann.score_from_mean_action(mean_action, noisy, signal, sigma)
-    truth, _, _ = exact(noisy.double(), signal.double(), sigma.double())
+    estimate = boltzmann.score_from_mean_action(mean_action, noisy, mu, sigma)
+    truth, _, _ = exact(noisy.double(), mu.double(), sigma.double())
     error = relative_error(estimate.double(), truth)
     print(f"{path}, t = {t}: relative error {error:.3f}")
     assert error < 0.04
@@ -93,28 +93,28 @@ def test_gradients_give_the_score_in_the_limit(path: str, t: float) -> None:
     """With all of the space as samples (one dimension, a fine grid), the factor 1 / mu_t included."""
     means = th.tensor([[-0.6], [0.1], [0.7]], dtype=th.float64)
     times = th.full((5, 1), t, dtype=th.float64)
-    signal, sigma = PATHS[path][0](times)
+    mu, sigma = PATHS[path][0](times)
     noisy = th.linspace(-1.5, 1.5, 5, dtype=th.float64)[:, None]
     grid = th.linspace(-2, 2, 200_001, dtype=th.float64)[:, None].requires_grad_()
     log_p = log_density(grid, means)
     (gradients,) = th.autograd.grad(log_p.sum(), grid)
-    noise = (noisy.unsqueeze(1) - signal.unsqueeze(1) * grid.detach()) / sigma.unsqueeze(1)
+    noise = (noisy.unsqueeze(1) - mu.unsqueeze(1) * grid.detach()) / sigma.unsqueeze(1)
     weights = (log_p.detach() - 0.5 * noise.square().sum(-1)).softmax(dim=1)
-    estimate = boltzmann.score_from_gradients(weights, gradients.expand(5, -1, -1), signal)
-    truth, _, _ = exact(noisy, signal, sigma, means)
+    estimate = boltzmann.score_from_gradients(weights, gradients.expand(5, -1, -1), mu)
+    truth, _, _ = exact(noisy, mu, sigma, means)
     assert relative_error(estimate, truth) < 1e-6
 
 
 @pytest.mark.parametrize("t", [0.05, 0.2])
 def test_gradients_by_sampling(t: float) -> None:
     """As SOM draws them, where their variance allows: linear path, small t."""
-    _, noisy, signal, sigma = noisy_actions("linear", t, 64)
+    _, noisy, mu, sigma = noisy_actions("linear", t, 64)
     normal = th.randn(64, 20_000, 2, generator=th.Generator().manual_seed(1), dtype=th.float64)
-    actions = paths.actions_from_noise(noisy.unsqueeze(1), normal, signal.unsqueeze(1), sigma.unsqueeze(1))
+    actions = paths.actions_from_noise(noisy.unsqueeze(1), normal, mu.unsqueeze(1), sigma.unsqueeze(1))
     log_p = log_density(actions.requires_grad_())
     (gradients,) = th.autograd.grad(log_p.sum(), actions)
-    estimate = boltzmann.score_from_gradients(log_p.detach().softmax(dim=1), gradients, signal)
-    truth, _, _ = exact(noisy, signal, sigma)
+    estimate = boltzmann.score_from_gradients(log_p.detach().softmax(dim=1), gradients, mu)
+    truth, _, _ = exact(noisy, mu, sigma)
     assert relative_error(estimate, truth) < 0.1
 
 
@@ -122,19 +122,19 @@ def test_gradients_by_sampling(t: float) -> None:
 def test_walls(path: str, t: float) -> None:
     """Constant Q on the box: the posterior mean is that of a truncated Gaussian, while gradients see no walls."""
     times = th.full((3, 1), t, dtype=th.float64)
-    signal, sigma = PATHS[path][0](times)
-    noisy = signal * th.tensor([[0.0], [0.7], [1.4]], dtype=th.float64)
+    mu, sigma = PATHS[path][0](times)
+    noisy = mu * th.tensor([[0.0], [0.7], [1.4]], dtype=th.float64)
     uniform = th.rand(3, 100_000, 1, generator=th.Generator().manual_seed(0), dtype=th.float64)
-    actions = boltzmann.gaussian_proposal(noisy, signal, sigma, uniform)
+    actions = boltzmann.gaussian_proposal(noisy, mu, sigma, uniform)
     weights = th.zeros(actions.shape[:2], dtype=th.float64).softmax(dim=1)
-    estimate = boltzmann.score_from_mean_action(boltzmann.snis_mean(weights, actions)[0], noisy, signal, sigma)
-    centres, scale = (noisy / signal).squeeze(1), (sigma / signal)[0].item()
+    estimate = boltzmann.score_from_mean_action(boltzmann.snis_mean(weights, actions)[0], noisy, mu, sigma)
+    centres, scale = (noisy / mu).squeeze(1), (sigma / mu)[0].item()
     expected_mean = [stats.truncnorm((-1 - c) / scale, (1 - c) / scale, c, scale).mean() for c in centres.tolist()]
-    expected = boltzmann.score_from_mean_action(th.tensor(expected_mean)[:, None], noisy, signal, sigma)
+    expected = boltzmann.score_from_mean_action(th.tensor(expected_mean)[:, None], noisy, mu, sigma)
     print(expected.squeeze(1).tolist())
     assert th.allclose(estimate, expected, atol=0.02 * expected.abs().max().item())
     assert expected[2].item() < -0.2
-    assert (boltzmann.score_from_gradients(weights, th.zeros_like(actions), signal) == 0).all()
+    assert (boltzmann.score_from_gradients(weights, th.zeros_like(actions), mu) == 0).all()
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -160,15 +160,15 @@ def test_a_fine_solve_carries_noise_to_the_mixture(path: str) -> None:
 
 
 def test_variance_preserving_path() -> None:
-    """It keeps the variance, its signal decays at half the noise rate, and single precision suffices."""
+    """It keeps the variance, its mu decays at half the noise rate, and single precision suffices."""
     t = th.linspace(0, 1, 101, dtype=th.float64)[:, None]
-    signal, sigma = paths.variance_preserving_path(t)
-    assert th.allclose(signal.square() + sigma.square(), th.ones_like(t), atol=1e-12)
+    mu, sigma = paths.variance_preserving_path(t)
+    assert th.allclose(mu.square() + sigma.square(), th.ones_like(t), atol=1e-12)
     _, rate = th.func.jvp(lambda t: paths.variance_preserving_path(t)[0].log(), (t,), (th.ones_like(t),))
     assert th.allclose(rate, -0.5 * (0.1 + 19.9 * t), atol=1e-9)
-    assert (signal[0].item(), sigma[0].item()) == (1, 0)
-    assert signal[-1].item() == pytest.approx(math.exp(-0.5 * 10.05))
-    for single, double in zip(paths.variance_preserving_path(t.float()), (signal, sigma), strict=True):
+    assert (mu[0].item(), sigma[0].item()) == (1, 0)
+    assert mu[-1].item() == pytest.approx(math.exp(-0.5 * 10.05))
+    for single, double in zip(paths.variance_preserving_path(t.float()), (mu, sigma), strict=True):
         assert th.allclose(single.double(), double, rtol=1e-5, atol=0)
 
 

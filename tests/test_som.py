@@ -55,10 +55,10 @@ def boltzmann_score(model: SOM, scale: float = 1.0, shift: float = 0.0, seed: in
     """At some points, with the critics' values scaled and shifted."""
     th.manual_seed(seed)
     draws = model._draw(16)
-    signal, sigma = PATHS[model.path][0](draws.flow.t)
+    mu, sigma = PATHS[model.path][0](draws.flow.t)
     values = type(model.critic).q_values
     model.critic.q_values = lambda *args: scale * values(model.critic, *args) + shift  # type: ignore[method-assign]
-    result, _ = model._boltzmann_score(th.randn(16, 3), draws.flow.noise, signal, sigma, draws.proposals)
+    result, _ = model._boltzmann_score(th.randn(16, 3), draws.flow.noise, mu, sigma, draws.proposals)
     return result
 
 
@@ -115,25 +115,25 @@ def test_the_loss_is_that_of_the_equations(kwargs: dict[str, Any]) -> None:
 
     t, r, noise = draws.flow
     path, velocity_of = PATHS[model.path]
-    signal, sigma = path(t)
+    mu, sigma = path(t)
     one = th.ones(8, 1)
     actions = (
         (draws.policy_noise - model.actor(observations, draws.policy_noise, model.actor.embed(one, one))).clamp(-1, 1).detach()
     )
-    noisy = signal * actions + sigma * noise
+    noisy = mu * actions + sigma * noise
     if model.score_estimator == "gradient":
-        proposals = (noisy[:, None] - sigma[:, None] * draws.proposals) / signal[:, None]
+        proposals = (noisy[:, None] - sigma[:, None] * draws.proposals) / mu[:, None]
     else:
-        proposals = boltzmann.gaussian_proposal(noisy, signal, sigma, draws.proposals)
+        proposals = boltzmann.gaussian_proposal(noisy, mu, sigma, draws.proposals)
     proposals.requires_grad_()
     columns = [th.cat(model.critic(observations, proposals[:, k]), dim=1).min(dim=1).values for k in range(5)]
     log_p = 2.0 * th.stack(columns, dim=1)
     log_p = log_p / (log_p.detach().std(correction=0) / 2.0)
     weights = log_p.softmax(dim=1).detach()[..., None]
     if model.score_estimator == "gradient":
-        scores = (weights * th.autograd.grad(log_p.sum(), proposals)[0]).sum(1) / signal
+        scores = (weights * th.autograd.grad(log_p.sum(), proposals)[0]).sum(1) / mu
     else:
-        scores = (signal * (weights * proposals).sum(1) - noisy) / sigma**2
+        scores = (mu * (weights * proposals).sum(1) - noisy) / sigma**2
     if model.score_norm is not None:
         scores = 2.0 * scores / scores.norm(dim=1, keepdim=True)
     velocity = velocity_of(noisy, scores, t).detach()
@@ -166,9 +166,9 @@ def test_the_backup_has_no_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
         next_actions = model.policy.act(model.actor.encode(batch.next_observations), draws.next_noise)
         expected = model.critic_target(batch.next_observations, next_actions, raw=True)
     model._update(batch, draws)
-    ((outputs, rewards, discounts, bonus, _),) = calls
+    ((outputs, rewards, discounts, entropy_bonus, _),) = calls
     assert th.allclose(outputs, expected, atol=1e-6)
-    assert bonus.item() == 0
+    assert entropy_bonus.item() == 0
     assert th.equal(rewards, batch.rewards)
     assert th.allclose(discounts, (1 - batch.dones) * model.gamma)
 

@@ -50,20 +50,20 @@ def truncated_normal(uniform: th.Tensor, lower: th.Tensor, upper: th.Tensor) -> 
     return th.minimum(th.maximum(th.where(p < q, quantile, -quantile), low), high).to(lower.dtype)
 
 
-def gaussian_proposal(noisy_actions: th.Tensor, signal: th.Tensor, sigma: th.Tensor, uniform: th.Tensor) -> th.Tensor:
+def gaussian_proposal(noisy_actions: th.Tensor, mu: th.Tensor, sigma: th.Tensor, uniform: th.Tensor) -> th.Tensor:
     """
     Actions from N(a_t / mu_t, (sigma_t / mu_t)^2 I) truncated to [-1, 1]^d.
 
     :param noisy_actions: a_t, shape (B, d)
-    :param signal: mu_t > 0, shape (B, 1)
+    :param mu: mu_t > 0, shape (B, 1)
     :param sigma: sigma_t > 0, shape (B, 1)
     :param uniform: Draws from [0, 1), K per state, shape (B, K, d)
     :return: Actions in [-1, 1], shape (B, K, d)
     """
-    noisy_actions, signal, sigma = noisy_actions.unsqueeze(1), signal.unsqueeze(1), sigma.unsqueeze(1)
-    noise = truncated_normal(uniform, *truncated_noise_bounds(noisy_actions, signal, sigma))
+    noisy_actions, mu, sigma = noisy_actions.unsqueeze(1), mu.unsqueeze(1), sigma.unsqueeze(1)
+    noise = truncated_normal(uniform, *truncated_noise_bounds(noisy_actions, mu, sigma))
     # Rounding only: dividing by a small mu_t can carry an action past a bound by a few units in the last place
-    return actions_from_noise(noisy_actions, noise, signal, sigma).clamp(-1, 1)
+    return actions_from_noise(noisy_actions, noise, mu, sigma).clamp(-1, 1)
 
 
 def policy_log_weights(
@@ -142,20 +142,20 @@ def combine_by_sample_size(
     return th.stack([share * velocity for share, velocity in zip(shares, velocities, strict=True)]).sum(dim=0), shares
 
 
-def score_from_mean_action(mean_action: th.Tensor, noisy_actions: th.Tensor, signal: th.Tensor, sigma: th.Tensor) -> th.Tensor:
+def score_from_mean_action(mean_action: th.Tensor, noisy_actions: th.Tensor, mu: th.Tensor, sigma: th.Tensor) -> th.Tensor:
     """
     Score from the posterior mean (Tweedie's formula), (mu_t E[a_0 | a_t] - a_t) / sigma_t^2.
 
     :param mean_action: E[a_0 | a_t], shape (..., d)
     :param noisy_actions: a_t, shape (..., d)
-    :param signal: mu_t, shape (..., 1)
+    :param mu: mu_t, shape (..., 1)
     :param sigma: sigma_t > 0, shape (..., 1)
     :return: Score, shape (..., d)
     """
-    return (signal * mean_action - noisy_actions) / sigma.square()
+    return (mu * mean_action - noisy_actions) / sigma.square()
 
 
-def score_from_gradients(weights: th.Tensor, gradients: th.Tensor, signal: th.Tensor) -> th.Tensor:
+def score_from_gradients(weights: th.Tensor, gradients: th.Tensor, mu: th.Tensor) -> th.Tensor:
     """
     Score from the gradients of the target's log-density at x_k = (a_t + sigma_t z_k) / mu_t with standard-normal z_k,
     grad log sum_k p(x_k) = sum_k w_k grad log p(x_k) / mu_t with weights w_k proportional to p(x_k): iDEM's estimate (SOM). It
@@ -163,10 +163,10 @@ def score_from_gradients(weights: th.Tensor, gradients: th.Tensor, signal: th.Te
 
     :param weights: Normalised weights, summing to one over K, shape (B, K)
     :param gradients: Gradients of log p, shape (B, K, d)
-    :param signal: mu_t > 0, shape (B, 1)
+    :param mu: mu_t > 0, shape (B, 1)
     :return: Score, shape (B, d)
     """
-    return (weights.unsqueeze(-1) * gradients).sum(dim=1) / signal
+    return (weights.unsqueeze(-1) * gradients).sum(dim=1) / mu
 
 
 def with_length(score: th.Tensor, length: float) -> th.Tensor:

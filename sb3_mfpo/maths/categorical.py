@@ -62,17 +62,17 @@ def narrow_logits(atoms: th.Tensor) -> th.Tensor:
     return (0.999 * normal + 0.001 / len(atoms)).log()
 
 
-def bellman_atoms(rewards: th.Tensor, discounts: th.Tensor | float, bonus: th.Tensor, atoms: th.Tensor) -> th.Tensor:
+def bellman_atoms(rewards: th.Tensor, discounts: th.Tensor | float, entropy_bonus: th.Tensor, atoms: th.Tensor) -> th.Tensor:
     """
-    Where a soft Bellman backup carries the atoms, reward + discount (z + bonus), before clipping to the support.
+    Where a soft Bellman backup carries the atoms, reward + discount (z + entropy bonus), before clipping to the support.
 
     :param rewards: shape (B, 1)
     :param discounts: Discount factor, zero where the episode terminated, shape (B, 1)
-    :param bonus: Entropy bonus -alpha log pi(a' | s'), shape (B, 1)
+    :param entropy_bonus: Entropy bonus -alpha log pi(a' | s'), shape (B, 1)
     :param atoms: Support z, shape (n_atoms,)
     :return: Positions in units of return, shape (B, n_atoms)
     """
-    return rewards + discounts * (atoms + bonus)
+    return rewards + discounts * (atoms + entropy_bonus)
 
 
 def project(probs: th.Tensor, positions: th.Tensor, atoms: th.Tensor) -> th.Tensor:

@@ -45,19 +45,19 @@ def uniform_times(uniform: th.Tensor, n_equal: int) -> tuple[th.Tensor, th.Tenso
     return t, th.cat([t[:n_equal], t[n_equal:] * uniform[n_equal:, 1:]])
 
 
-def mean_flow_target(instantaneous: th.Tensor, length: th.Tensor, derivative: th.Tensor) -> th.Tensor:
+def mean_flow_target(instantaneous: th.Tensor, h: th.Tensor, derivative: th.Tensor) -> th.Tensor:
     """
-    Regression target of an average over [r, t] by the MeanFlow identity, average = instantaneous - (t - r) d/dt average
+    Regression target of an average over [r, t] by the MeanFlow identity, average = instantaneous - h d/dt average
     (Eq. 28 for the velocity, Eq. 12-18 for the divergence). The derivative is the total one along the flow with r fixed,
-    velocity . grad_a + d/dt, so that the length t - r grows as fast as t.
+    velocity . grad_a + d/dt, so that h grows as fast as t.
 
     :param instantaneous: Instantaneous value of what is averaged, shape (B, output_dim)
-    :param length: Length t - r of the interval, shape (B, 1)
+    :param h: Length h = t - r of the interval, shape (B, 1)
     :param derivative: Derivative of the last rows, shape (at most B, output_dim); the rows before have r = t and need none
     :return: Target, shape (B, output_dim)
     """
     n_equal = len(instantaneous) - len(derivative)
-    return th.cat([instantaneous[:n_equal], instantaneous[n_equal:] - length[n_equal:] * derivative])
+    return th.cat([instantaneous[:n_equal], instantaneous[n_equal:] - h[n_equal:] * derivative])
 
 
 def adaptive_weights(errors: th.Tensor, offset: float = 1e-3) -> th.Tensor:

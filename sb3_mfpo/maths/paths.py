@@ -45,42 +45,42 @@ def variance_preserving_path(t: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
     return (-0.5 * integral).exp(), (-th.expm1(-integral)).sqrt()
 
 
-def interpolate(actions: th.Tensor, noise: th.Tensor, signal: th.Tensor, sigma: th.Tensor) -> th.Tensor:
+def interpolate(actions: th.Tensor, noise: th.Tensor, mu: th.Tensor, sigma: th.Tensor) -> th.Tensor:
     """
     Point on the path from an action to noise, a_t = mu_t a_0 + sigma_t eps; the linear path has 1 - t and t.
 
     :param actions: Actions a_0, shape (..., d)
     :param noise: Standard-normal noise eps, shape (..., d)
-    :param signal: mu_t in [0, 1], shape (..., 1)
+    :param mu: mu_t in [0, 1], shape (..., 1)
     :param sigma: sigma_t in [0, 1], shape (..., 1)
     :return: Noisy actions a_t, shape (..., d)
     """
-    return signal * actions + sigma * noise
+    return mu * actions + sigma * noise
 
 
-def actions_from_noise(noisy_actions: th.Tensor, noise: th.Tensor, signal: th.Tensor, sigma: th.Tensor) -> th.Tensor:
+def actions_from_noise(noisy_actions: th.Tensor, noise: th.Tensor, mu: th.Tensor, sigma: th.Tensor) -> th.Tensor:
     """
     The action from which a given noise leads to a_t, a_0 = (a_t - sigma_t e) / mu_t.
 
     :param noisy_actions: a_t, shape (..., d)
     :param noise: e, shape (..., d)
-    :param signal: mu_t > 0, shape (..., 1)
+    :param mu: mu_t > 0, shape (..., 1)
     :param sigma: sigma_t, shape (..., 1)
     :return: Actions, shape (..., d)
     """
-    return (noisy_actions - sigma * noise) / signal
+    return (noisy_actions - sigma * noise) / mu
 
 
-def truncated_noise_bounds(noisy_actions: th.Tensor, signal: th.Tensor, sigma: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+def truncated_noise_bounds(noisy_actions: th.Tensor, mu: th.Tensor, sigma: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
     """
     Bounds on the noise e for which the action (a_t - sigma_t e) / mu_t lies in [-1, 1].
 
     :param noisy_actions: a_t, shape (..., d)
-    :param signal: mu_t, shape (..., 1)
+    :param mu: mu_t, shape (..., 1)
     :param sigma: sigma_t > 0, shape (..., 1)
     :return: Lower and upper bound, shapes (..., d)
     """
-    return (noisy_actions - signal) / sigma, (noisy_actions + signal) / sigma
+    return (noisy_actions - mu) / sigma, (noisy_actions + mu) / sigma
 
 
 def linear_velocity(noisy_actions: th.Tensor, score: th.Tensor, t: th.Tensor) -> th.Tensor:

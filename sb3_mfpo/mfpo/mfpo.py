@@ -366,8 +366,8 @@ class MFPO(FlowAlgorithm):
             observations, actions, log_prob, noisy_actions, t, draws.uniform, ent_coef
         )
         # Target: the MeanFlow identity
-        average, push_forward = self.actor.linearize(features, noisy_actions, t, t - r)
-        derivative = self._total_derivative(push_forward, velocity, self.policy.actor_type)
+        average, jvp = self.actor.linearize(features, noisy_actions, t, t - r)
+        derivative = self._total_derivative(jvp, velocity, self.policy.actor_type)
         target = mean_flow.mean_flow_target(velocity, t - r, derivative)
         # Loss
         return F.mse_loss(average, target), metrics
@@ -448,8 +448,8 @@ class MFPO(FlowAlgorithm):
             features = self.actor.encode(observations)
             velocity, jacobian_product = self.actor.linearize_velocity(features, noisy_actions, t)
             divergence = hutchinson_divergence(probes, jacobian_product(probes))
-        average, push_forward = self.divergence.linearize(features, noisy_actions, t, t - r)
-        derivative = self._total_derivative(push_forward, velocity, self.policy.divergence_type)
+        average, jvp = self.divergence.linearize(features, noisy_actions, t, t - r)
+        derivative = self._total_derivative(jvp, velocity, self.policy.divergence_type)
         target = mean_flow.mean_flow_target(divergence, t - r, derivative)
         # Loss
         return F.mse_loss(average, target)

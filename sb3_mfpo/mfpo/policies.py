@@ -47,10 +47,10 @@ class InstantaneousDivergence(nn.Module):
         # Bound, so that the actor does not become a submodule
         self.linearize_velocity: Callable[..., Any] = actor.linearize_velocity
 
-    def embed(self, t: th.Tensor, length: th.Tensor) -> th.Tensor:
+    def embed(self, t: th.Tensor, h: th.Tensor) -> th.Tensor:
         """
         :param t: End of the interval in [0, 1], shape (..., 1)
-        :param length: Its length, of which the divergence at t is independent
+        :param h: Its h, of which the divergence at t is independent
         :return: t
         """
         return t

@@ -141,7 +141,7 @@ class Critic(FeaturesModel):
         outputs: th.Tensor,
         rewards: th.Tensor,
         discounts: th.Tensor,
-        bonus: th.Tensor,
+        entropy_bonus: th.Tensor,
         reduction: str,
     ) -> tuple[th.Tensor, th.Tensor]:
         """
@@ -150,7 +150,7 @@ class Critic(FeaturesModel):
         :param outputs: This critic's raw outputs there, shape (n_critics, B, output_dim)
         :param rewards: shape (B, 1)
         :param discounts: Discount factors, zero where the episode terminated, shape (B, 1)
-        :param bonus: Entropy bonus -alpha log pi(a' | s'), shape (B, 1)
+        :param entropy_bonus: Entropy bonus -alpha log pi(a' | s'), shape (B, 1)
         :param reduction: "min" or "mean" over the critics
         :return: What ``loss`` takes as target; the share of the target's mass that was clipped, a scalar in [0, 1]
         """
@@ -194,11 +194,11 @@ class CategoricalCritic(Critic):
         outputs: th.Tensor,
         rewards: th.Tensor,
         discounts: th.Tensor,
-        bonus: th.Tensor,
+        entropy_bonus: th.Tensor,
         reduction: str,
     ) -> tuple[th.Tensor, th.Tensor]:
         probs = outputs.softmax(dim=-1)
-        positions = categorical.bellman_atoms(rewards, discounts, bonus, self.atoms)
+        positions = categorical.bellman_atoms(rewards, discounts, entropy_bonus, self.atoms)
         target = categorical.reduce_distributions(categorical.project(probs, positions, self.atoms), self.atoms, reduction)
         return target, categorical.clipped_mass(probs, positions, self.atoms).mean()
 
@@ -226,11 +226,11 @@ class ScalarCritic(Critic):
         outputs: th.Tensor,
         rewards: th.Tensor,
         discounts: th.Tensor,
-        bonus: th.Tensor,
+        entropy_bonus: th.Tensor,
         reduction: str,
     ) -> tuple[th.Tensor, th.Tensor]:
         next_values = categorical.reduce_values(outputs, reduction)
-        return rewards + discounts * (next_values + bonus), rewards.new_zeros(())
+        return rewards + discounts * (next_values + entropy_bonus), rewards.new_zeros(())
 
     def loss(self, outputs: th.Tensor, target: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         # The factor is SB3's (SAC): the gradient of half the squared error is the error

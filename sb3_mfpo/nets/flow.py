@@ -14,9 +14,9 @@ from torch import nn
 from sb3_mfpo.nets.critics import FeaturesModel
 from sb3_mfpo.nets.layers import (
     ALL_ROWS,
+    JVP,
     BroadcastLinear,
     MultiInputMLP,
-    PushForward,
     differentiate,
     has_global_hooks,
     init_linear_layers,
@@ -70,7 +70,7 @@ class TimeEmbedding(nn.Module):
         # One sine for both: operators are what a single action pays for
         return th.addcmul(self.phases, time.unsqueeze(-1), self.frequencies, value=2 * math.pi)
 
-    def linearize(self, time: th.Tensor) -> tuple[th.Tensor, PushForward]:
+    def linearize(self, time: th.Tensor) -> tuple[th.Tensor, JVP]:
         """
         By hand, for bare modules alone: see ``FlowMLP.linearize``.
 
@@ -78,14 +78,14 @@ class TimeEmbedding(nn.Module):
         :return: The embedding, and the function that carries a tangent of the time to that of the embedding
         """
         angles = self._angles(time)
-        output, push_forward = linearize(self.mlp, angles.sin().flatten(-2))
+        output, jvp = linearize(self.mlp, angles.sin().flatten(-2))
 
         @th.no_grad()
-        def push_time(tangent: th.Tensor, rows: slice = ALL_ROWS) -> th.Tensor:
+        def jvp_of_time(tangent: th.Tensor, rows: slice = ALL_ROWS) -> th.Tensor:
             speed = 2 * math.pi * tangent.unsqueeze(-1) * self.frequencies
-            return push_forward((angles.detach()[rows].cos() * speed).flatten(-2), rows)
+            return jvp((angles.detach()[rows].cos() * speed).flatten(-2), rows)
 
-        return output, push_time
+        return output, jvp_of_time
 
 
 class FlowMLP(nn.Module):
@@ -138,43 +138,41 @@ class FlowMLP(nn.Module):
         # Within `autocast` layers return fewer digits
         return self.mlp(noisy_actions, features, interval).to(noisy_actions.dtype)
 
-    def embed(self, t: th.Tensor, length: th.Tensor) -> th.Tensor:
+    def embed(self, t: th.Tensor, h: th.Tensor) -> th.Tensor:
         """
         :param t: End of the interval in [0, 1] (t = 1 is noise, t = 0 is the action), shape (..., 1)
-        :param length: Length t - r of the interval in [0, t], shape (..., 1)
+        :param h: Length h = t - r of the interval in [0, t], shape (..., 1)
         :return: Embedding of the interval, shape (..., time_embedding_dim)
         """
-        return self.time_embedding(t) + self.length_embedding(th.zeros_like(length) if self.instantaneous else length)
+        return self.time_embedding(t) + self.length_embedding(th.zeros_like(h) if self.instantaneous else h)
 
     def linearize(
-        self, features: th.Tensor, noisy_actions: th.Tensor, t: th.Tensor, length: th.Tensor
+        self, features: th.Tensor, noisy_actions: th.Tensor, t: th.Tensor, h: th.Tensor
     ) -> tuple[th.Tensor, Callable[..., th.Tensor]]:
         """
         :param features: State features, shape (B, ..., features_dim)
         :param noisy_actions: Points on the flow's path, shape (B, ..., action_dim)
         :param t: End of the interval in [0, 1], shape (B, ..., 1)
-        :param length: Length t - r of the interval in [0, t], shape (B, ..., 1)
+        :param h: Length h = t - r of the interval in [0, t], shape (B, ..., 1)
         :return: What ``forward`` returns, and the function that carries tangents to that of the output, without gradient:
             ``(action_tangent, time_tangent=None, rows=slice(None))``, the time tangent being that of t and, as r is fixed, of
-            the length
+            h
         """
         if not self._is_bare():
-            return linearize_call(self, features, noisy_actions, t, length)
-        t_embedding, push_t = self.time_embedding.linearize(t)
-        length_embedding, push_length = self.length_embedding.linearize(
-            th.zeros_like(length) if self.instantaneous else length
-        )
-        output, push_forward = self.mlp.linearize(noisy_actions, features, t_embedding + length_embedding)
+            return linearize_call(self, features, noisy_actions, t, h)
+        t_embedding, jvp_of_t = self.time_embedding.linearize(t)
+        length_embedding, jvp_of_h = self.length_embedding.linearize(th.zeros_like(h) if self.instantaneous else h)
+        output, jvp = self.mlp.linearize(noisy_actions, features, t_embedding + length_embedding)
 
-        def push_all(action_tangent: th.Tensor, time_tangent: th.Tensor | None = None, rows: slice = ALL_ROWS) -> th.Tensor:
+        def jvp_all(action_tangent: th.Tensor, time_tangent: th.Tensor | None = None, rows: slice = ALL_ROWS) -> th.Tensor:
             if time_tangent is None:
-                return push_forward(action_tangent, None, None, rows=rows)
-            embedding_tangent = push_t(time_tangent, rows)
+                return jvp(action_tangent, None, None, rows=rows)
+            embedding_tangent = jvp_of_t(time_tangent, rows)
             if not self.instantaneous:
-                embedding_tangent = embedding_tangent + push_length(time_tangent, rows)
-            return push_forward(action_tangent, None, embedding_tangent, rows=rows)
+                embedding_tangent = embedding_tangent + jvp_of_h(time_tangent, rows)
+            return jvp(action_tangent, None, embedding_tangent, rows=rows)
 
-        return output, push_all
+        return output, jvp_all
 
     def _is_bare(self) -> bool:
         if has_global_hooks() or th.is_autocast_enabled(self.time_embedding.frequencies.device.type):
@@ -218,16 +216,16 @@ class MeanFlowActor(FeaturesModel):
         """
         return self.network(features, noisy_actions, interval)
 
-    def embed(self, t: th.Tensor, length: th.Tensor) -> th.Tensor:
+    def embed(self, t: th.Tensor, h: th.Tensor) -> th.Tensor:
         """
         :param t: End of the interval in [0, 1], shape (..., 1)
-        :param length: Its length t - r in [0, t], shape (..., 1)
+        :param h: Its length h = t - r in [0, t], shape (..., 1)
         :return: Embedding of the interval, shape (..., time_embedding_dim)
         """
-        return self.network.embed(t, length)
+        return self.network.embed(t, h)
 
     def linearize(
-        self, features: th.Tensor, noisy_actions: th.Tensor, t: th.Tensor, length: th.Tensor
+        self, features: th.Tensor, noisy_actions: th.Tensor, t: th.Tensor, h: th.Tensor
     ) -> tuple[th.Tensor, Callable[..., th.Tensor]]:
         """
         Average velocity over [r, t], and its derivatives with respect to a_t and t.
@@ -235,13 +233,13 @@ class MeanFlowActor(FeaturesModel):
         :param features: State features, shape (B, ..., features_dim)
         :param noisy_actions: a_t, shape (B, ..., d)
         :param t: End of the interval in [0, 1], shape (..., 1)
-        :param length: Its length t - r in [0, t], shape (..., 1)
+        :param h: Its length h = t - r in [0, t], shape (..., 1)
         :return: Average velocity, shape (B, ..., d); the function that multiplies the Jacobian by tangents, without gradient,
             see ``FlowMLP.linearize``
         """
         if is_bare(self) and type(self).forward is MeanFlowActor.forward:
-            return self.network.linearize(features, noisy_actions, t, length)
-        return linearize_call(self, features, noisy_actions, t, length)
+            return self.network.linearize(features, noisy_actions, t, h)
+        return linearize_call(self, features, noisy_actions, t, h)
 
     def linearize_velocity(
         self, features: th.Tensor, noisy_actions: th.Tensor, t: th.Tensor
@@ -259,7 +257,7 @@ class MeanFlowActor(FeaturesModel):
 
 
 def linearize_call(
-    module: nn.Module, features: th.Tensor, noisy_actions: th.Tensor, t: th.Tensor, length: th.Tensor
+    module: nn.Module, features: th.Tensor, noisy_actions: th.Tensor, t: th.Tensor, h: th.Tensor
 ) -> tuple[th.Tensor, Callable[..., th.Tensor]]:
     """
     ``FlowMLP.linearize`` of anything that is called like one, by automatic differentiation.
@@ -268,18 +266,18 @@ def linearize_call(
     :param features: State features, shape (B, ..., features_dim)
     :param noisy_actions: Points on the flow's path, shape (B, ..., action_dim)
     :param t: End of the interval in [0, 1], shape (B, ..., 1)
-    :param length: Length t - r of the interval in [0, t], shape (B, ..., 1)
+    :param h: Length h = t - r of the interval in [0, t], shape (B, ..., 1)
     :return: As ``FlowMLP.linearize``
     """
     embed: Any = module.embed
-    output, push_points = differentiate(
-        lambda noisy_actions, t, length: module(features, noisy_actions, embed(t, length)), noisy_actions, t, length
+    output, jvp_of_points = differentiate(
+        lambda noisy_actions, t, h: module(features, noisy_actions, embed(t, h)), noisy_actions, t, h
     )
 
-    def push_all(action_tangent: th.Tensor, time_tangent: th.Tensor | None = None, rows: slice = ALL_ROWS) -> th.Tensor:
-        return push_points(action_tangent, time_tangent, time_tangent, rows=rows)
+    def jvp_all(action_tangent: th.Tensor, time_tangent: th.Tensor | None = None, rows: slice = ALL_ROWS) -> th.Tensor:
+        return jvp_of_points(action_tangent, time_tangent, time_tangent, rows=rows)
 
-    return output, push_all
+    return output, jvp_all
 
 
 def embed_grid(network: nn.Module, times: th.Tensor) -> tuple[th.Tensor, ...]:

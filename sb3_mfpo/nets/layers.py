@@ -24,7 +24,7 @@ CACHED_ROWS = 1024
 MANY_NUMBERS = 2**14
 
 # Takes a tangent, and the rows of the leading dimension that it belongs to
-PushForward = Callable[[th.Tensor, slice], th.Tensor]
+JVP = Callable[[th.Tensor, slice], th.Tensor]
 ALL_ROWS = slice(None)
 
 
@@ -107,7 +107,7 @@ def has_global_hooks() -> bool:
     )
 
 
-def linearize(layers: Iterable[nn.Module], x: th.Tensor) -> tuple[th.Tensor, PushForward]:
+def linearize(layers: Iterable[nn.Module], x: th.Tensor) -> tuple[th.Tensor, JVP]:
     """
     Output of a chain of bare layers, and the product of its Jacobian with tangents.
 
@@ -116,19 +116,19 @@ def linearize(layers: Iterable[nn.Module], x: th.Tensor) -> tuple[th.Tensor, Pus
     :return: Output, shape (B, ..., output_dim); the function that carries a tangent of some rows of the input, shape
         (N, rows, ..., input_dim) or (rows, ..., input_dim), to that of the output, without gradient
     """
-    push_forwards = []
+    jvps = []
     for layer in layers:
-        x, push_forward = _linearize_layer(layer, x)
-        push_forwards.append(push_forward)
+        x, jvp = _linearize_layer(layer, x)
+        jvps.append(jvp)
 
     @th.no_grad()
-    def push_all(tangent: th.Tensor, rows: slice = ALL_ROWS) -> th.Tensor:
-        return reduce(lambda value, push_forward: push_forward(value, rows), push_forwards, tangent)
+    def jvp_all(tangent: th.Tensor, rows: slice = ALL_ROWS) -> th.Tensor:
+        return reduce(lambda value, jvp: jvp(value, rows), jvps, tangent)
 
-    return x, push_all
+    return x, jvp_all
 
 
-def _linearize_layer(layer: nn.Module, x: th.Tensor) -> tuple[th.Tensor, PushForward]:
+def _linearize_layer(layer: nn.Module, x: th.Tensor) -> tuple[th.Tensor, JVP]:
     point = x.detach()
     if type(layer) is nn.Linear:
         return layer(x), lambda tangent, rows: F.linear(tangent, layer.weight)
@@ -138,17 +138,17 @@ def _linearize_layer(layer: nn.Module, x: th.Tensor) -> tuple[th.Tensor, PushFor
         shape: Any = layer.normalized_shape
         output, mean, rstd = th.native_layer_norm(x, shape, layer.weight, layer.bias, layer.eps)
 
-        def push_forward(tangent: th.Tensor, rows: slice) -> th.Tensor:
+        def jvp(tangent: th.Tensor, rows: slice) -> th.Tensor:
             # The Jacobian of the normalisation itself is symmetric, so that its backward is its forward
             saved = [value.detach()[rows].expand(*tangent.shape[:-1], -1).contiguous() for value in (point, mean, rstd)]
             backward = th.ops.aten.native_layer_norm_backward
             normalised = backward(tangent, saved[0], shape, saved[1], saved[2], None, None, [True, False, False])[0]
             return normalised * layer.weight
 
-        return output, push_forward
+        return output, jvp
     # Whatever a user has chosen as activation
-    output, push_points = differentiate(layer, x)
-    return output, lambda tangent, rows: push_points(tangent, rows=rows)
+    output, jvp_of_points = differentiate(layer, x)
+    return output, lambda tangent, rows: jvp_of_points(tangent, rows=rows)
 
 
 @th.compiler.disable
@@ -174,14 +174,14 @@ def differentiate(function: Callable[..., th.Tensor], *points: th.Tensor) -> tup
             products = tuple(th.zeros_like(point) for point in points)
 
     @th.no_grad()
-    def push_points(*tangents: th.Tensor | None, rows: slice = ALL_ROWS) -> th.Tensor:
+    def jvp_of_points(*tangents: th.Tensor | None, rows: slice = ALL_ROWS) -> th.Tensor:
         given = [(product, tangent) for product, tangent in zip(products, tangents, strict=True) if tangent is not None]
         product, tangent = given[0]
         if tangent.dim() == product.dim():
-            return push_one(given, rows)
-        return th.stack([push_one([(product, vectors[n]) for product, vectors in given], rows) for n in range(len(tangent))])
+            return jvp_of_one(given, rows)
+        return th.stack([jvp_of_one([(product, vectors[n]) for product, vectors in given], rows) for n in range(len(tangent))])
 
-    def push_one(given: list[tuple[th.Tensor, th.Tensor]], rows: slice) -> th.Tensor:
+    def jvp_of_one(given: list[tuple[th.Tensor, th.Tensor]], rows: slice) -> th.Tensor:
         moving = [(product, tangent) for product, tangent in given if product.requires_grad]
         if not moving:
             return th.zeros_like(output[rows])
@@ -191,7 +191,7 @@ def differentiate(function: Callable[..., th.Tensor], *points: th.Tensor) -> tup
             vector[rows] = tangent
         return th.autograd.grad([product for product, _ in moving], cotangent, vectors, retain_graph=True)[0][rows]
 
-    return (output if with_gradient else output.detach()), push_points
+    return (output if with_gradient else output.detach()), jvp_of_points
 
 
 def init_linear_layers(module: nn.Module) -> None:
@@ -241,7 +241,7 @@ class BroadcastLinear(nn.Linear):
             ],
         )
 
-    def push_forward(self, *tangents: th.Tensor | None) -> th.Tensor:
+    def jvp(self, *tangents: th.Tensor | None) -> th.Tensor:
         """
         :param tangents: Of the inputs, None for those that stay as they are
         :return: Tangent of the output
@@ -296,13 +296,13 @@ class MultiInputMLP(nn.Module):
         :return: The output, and the function that carries tangents of the inputs (None for those that stay as they are) and
             the rows that they belong to (by keyword, all by default) to the tangent of the output
         """
-        output, push_forward = linearize(self.body, self.input_layer(*inputs))
+        output, jvp = linearize(self.body, self.input_layer(*inputs))
 
         @th.no_grad()
-        def push_inputs(*tangents: th.Tensor | None, rows: slice = ALL_ROWS) -> th.Tensor:
-            return push_forward(self.input_layer.push_forward(*tangents), rows)
+        def jvp_of_inputs(*tangents: th.Tensor | None, rows: slice = ALL_ROWS) -> th.Tensor:
+            return jvp(self.input_layer.jvp(*tangents), rows)
 
-        return output, push_inputs
+        return output, jvp_of_inputs
 
     def hidden_activations(self, *inputs: th.Tensor) -> list[th.Tensor]:
         """

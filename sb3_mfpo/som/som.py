@@ -280,19 +280,19 @@ class SOM(FlowAlgorithm):
         """
         t, r, noise = draws.flow
         path, velocity_of = PATHS[self.path]
-        signal, sigma = path(t)
+        mu, sigma = path(t)
         features = self.actor.encode(observations)
         # Sample: a point on the path from an action of the policy
         with th.no_grad():
             actions = self.policy.act(features, draws.policy_noise)
-        noisy_actions = paths.interpolate(actions, noise, signal, sigma)
+        noisy_actions = paths.interpolate(actions, noise, mu, sigma)
         # Target: the MeanFlow identity around the velocity that the score there gives
-        scores, metrics = self._boltzmann_score(observations, noisy_actions, signal, sigma, draws.proposals)
+        scores, metrics = self._boltzmann_score(observations, noisy_actions, mu, sigma, draws.proposals)
         if self.score_norm is not None:
             scores = boltzmann.with_length(scores, self.score_norm)
         velocity = velocity_of(noisy_actions, scores, t)
-        average, push_forward = self.actor.linearize(features, noisy_actions, t, t - r)
-        derivative = self._total_derivative(push_forward, velocity, self.policy.actor_type)
+        average, jvp = self.actor.linearize(features, noisy_actions, t, t - r)
+        derivative = self._total_derivative(jvp, velocity, self.policy.actor_type)
         errors = average - mean_flow.mean_flow_target(velocity, t - r, derivative)
         # Loss
         if self.adaptive_loss:
@@ -304,7 +304,7 @@ class SOM(FlowAlgorithm):
         self,
         observations: PyTorchObs,
         noisy_actions: th.Tensor,
-        signal: th.Tensor,
+        mu: th.Tensor,
         sigma: th.Tensor,
         proposals: th.Tensor,
     ) -> tuple[th.Tensor, dict[str, th.Tensor]]:
@@ -313,17 +313,17 @@ class SOM(FlowAlgorithm):
 
         :param observations: Batch of observations
         :param noisy_actions: a_t, shape (B, d)
-        :param signal: mu_t, shape (B, 1)
+        :param mu: mu_t, shape (B, 1)
         :param sigma: sigma_t, shape (B, 1)
         :param proposals: Draws behind the proposed actions, shape (B, K, d)
         :return: Score, shape (B, d); quantities to log
         """
         features = self.critic.encode(observations).unsqueeze(1)
         if self.score_estimator == "posterior_mean":
-            actions = boltzmann.gaussian_proposal(noisy_actions, signal, sigma, proposals)
+            actions = boltzmann.gaussian_proposal(noisy_actions, mu, sigma, proposals)
             q_values = self._values(features, actions)
         else:
-            actions = paths.actions_from_noise(noisy_actions.unsqueeze(1), proposals, signal.unsqueeze(1), sigma.unsqueeze(1))
+            actions = paths.actions_from_noise(noisy_actions.unsqueeze(1), proposals, mu.unsqueeze(1), sigma.unsqueeze(1))
             q_values, gradients = in_chunks(self._values_and_gradients, features, actions)
         scale = boltzmann.spread(q_values) if self.normalize_q else q_values.new_ones(())
         # The best value of each state is subtracted, which leaves the weights as they are, and equal values without rounding
@@ -332,8 +332,8 @@ class SOM(FlowAlgorithm):
         mean_action, sample_size = boltzmann.snis_mean(weights, actions)
         metrics = {"ess_gaussian": sample_size.mean()}
         if self.score_estimator == "posterior_mean":
-            return boltzmann.score_from_mean_action(mean_action, noisy_actions, signal, sigma), metrics
-        return boltzmann.score_from_gradients(weights, gradients * self.inverse_temperature / scale, signal), metrics
+            return boltzmann.score_from_mean_action(mean_action, noisy_actions, mu, sigma), metrics
+        return boltzmann.score_from_gradients(weights, gradients * self.inverse_temperature / scale, mu), metrics
 
     def _values(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
         """

@@ -603,18 +603,18 @@ class FlowAlgorithm(OffPolicyAlgorithm):
         # Running statistics of batch normalisation are copied, as in SAC
         polyak_update(_running_statistics(self.critic), _running_statistics(self.critic_target), 1.0)
 
-    def _total_derivative(self, push_forward: Callable[..., th.Tensor], velocity: th.Tensor, network_type: str) -> th.Tensor:
+    def _total_derivative(self, jvp: Callable[..., th.Tensor], velocity: th.Tensor, network_type: str) -> th.Tensor:
         """
         Derivative of an average over [r, t] along the flow, for the rows that have r < t.
 
-        :param push_forward: Of the network, see ``FlowMLP.linearize``
+        :param jvp: Of the network, see ``FlowMLP.linearize``
         :param velocity: Instantaneous velocity, shape (B, d)
         :param network_type: "mean_flow" or "flow_matching"
         :return: shape (B - n_equal, output_dim)
         """
         rows = slice(self._n_equal(len(velocity), network_type), None)
         tangent = velocity[rows]
-        return push_forward(tangent, tangent.new_ones(len(tangent), 1), rows=rows)
+        return jvp(tangent, tangent.new_ones(len(tangent), 1), rows=rows)
 
     def _n_equal(self, batch_size: int, network_type: str) -> int:
         """

@@ -68,7 +68,7 @@ def _check_optimizer(optimizer_class: Any, optimizer_kwargs: dict[str, Any]) -> 
         )
 
 
-def spread_noise(n_points: int, dim: int) -> th.Tensor:
+def latin_hypercube_noise(n_points: int, dim: int) -> th.Tensor:
     """
     A fixed, well-spread set of standard-normal points: a Latin hypercube, so that every coordinate takes the quantiles
     (i + 1/2) / n_points once each. The same arguments give the same points on every machine (NumPy guarantees the stream of
@@ -260,7 +260,7 @@ class FlowPolicy(BasePolicy):
     @n_action_candidates.setter
     def n_action_candidates(self, value: int) -> None:
         check_integer("n_action_candidates", value, 1)
-        self.candidate_noise = spread_noise(value, get_action_dim(self.action_space)).to(self.candidate_noise.device)
+        self.candidate_noise = latin_hypercube_noise(value, get_action_dim(self.action_space)).to(self.candidate_noise.device)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # The sizes of these buffers are settings: take those of the checkpoint
