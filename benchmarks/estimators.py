@@ -28,7 +28,7 @@ from sb3_mfpo import MFPO
 from sb3_mfpo.envs import register_dm_control
 from sb3_mfpo.maths import boltzmann, paths
 from sb3_mfpo.maths.categorical import reduce_values
-from sb3_mfpo.maths.paths import linear_path
+from sb3_mfpo.maths.paths import linear_path, linear_velocity
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -80,24 +80,27 @@ def estimate(
     def values(actions: th.Tensor) -> th.Tensor:
         return reduce_values(model.critic.q_values(critic_features.unsqueeze(1), actions), model.critic_reduction)
 
+    def velocity(log_weights: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        mean_action, size = boltzmann.snis_mean(log_weights.softmax(1), actions)
+        return linear_velocity(noisy, mean_action, t), size
+
     def from_policy(actions: th.Tensor, log_prob: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         log_weights = boltzmann.policy_log_weights(values(actions), log_prob, actions, noisy, t, temperature)
-        return boltzmann.snis_velocity(log_weights.softmax(1), actions, noisy, t)
+        return velocity(log_weights, actions)
 
     noise = th.randn(len(noisy), n_policy, noisy.shape[1], device=model.device)
     actions, log_prob = model.policy.sample(actor_features.unsqueeze(1), noise)
     with_itself = from_policy(th.cat([own[0], actions[:, 1:]], dim=1), th.cat([own[1], log_prob[:, 1:]], dim=1))
     uniform = th.rand(len(noisy), n_gaussian, noisy.shape[1], device=model.device)
     proposed = boltzmann.gaussian_proposal(noisy, *linear_path(t), uniform)
-    weights = boltzmann.gaussian_log_weights(values(proposed), temperature).softmax(1)
     estimates = {
         "policy": from_policy(actions, log_prob),
         "policy, with itself": with_itself,
-        "Gaussian": boltzmann.snis_velocity(weights, proposed, noisy, t),
+        "Gaussian": velocity(values(proposed) / temperature, proposed),
     }
     pair = [estimates["policy, with itself"], estimates["Gaussian"]]
-    velocity, _ = boltzmann.combine_by_sample_size([one[0] for one in pair], [one[1] for one in pair])
-    return estimates | {"combined": (velocity, pair[0][1] + pair[1][1])}
+    combined, _ = boltzmann.combine_by_sample_size([one[0] for one in pair], [one[1] for one in pair])
+    return estimates | {"combined": (combined, pair[0][1] + pair[1][1])}
 
 
 @th.no_grad()

@@ -114,7 +114,7 @@ def plain_step(model: MFPO, batch: ReplayBufferSamples, draws: GradientStepDraws
     polyak_update(model.critic.parameters(), model.critic_target.parameters(), model.tau)
 
     # Velocity field of the Boltzmann policy
-    t, r, noise = draws.actor
+    t, r, _, noise = draws.actor
     with th.no_grad():
         actions, log_prob = sample(model, observations.unsqueeze(1), draws.policy_noise)
         noisy = (1 - t) * actions[:, 0] + t * noise
@@ -141,7 +141,7 @@ def plain_step(model: MFPO, batch: ReplayBufferSamples, draws: GradientStepDraws
     metrics["actor_loss"] = descend(loss, model.actor.optimizer)
 
     # Divergence network
-    t, r, noise = draws.divergence
+    t, r, _, noise = draws.divergence
     noisy = (1 - t) * actions[:, 0] + t * noise
 
     def average_divergence(a: th.Tensor, t: th.Tensor, h: th.Tensor) -> th.Tensor:

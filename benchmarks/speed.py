@@ -40,7 +40,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_mfpo import MFPO, SOM
 from sb3_mfpo.nets import layers
-from sb3_mfpo.training.stepper import onednn_matmul_is_exact
+from sb3_mfpo.training.actor_critic import ActorCriticAlgorithm
 
 # Sizes of observation and action
 TASKS = {"HalfCheetah": (17, 6), "Humanoid": (348, 17), "dog": (223, 38)}
@@ -49,13 +49,12 @@ BATCH_SIZE = 256
 PARTS = {
     "replay buffer": ("replay_buffer", "sample"),
     "random numbers": ("", "_draw"),
-    "critics: target and loss": ("", "_critic_loss"),
-    "policy's proposals": ("", "_propose"),
+    "critics: target and loss": ("", "_td_loss"),
+    "samples of the policy": ("policy", "sample"),
     "values of the proposals": ("critic", "q_values"),
     "Gaussian proposals, weights": ("", "_boltzmann_velocity"),
-    "actor: loss": ("", "_actor_loss"),
-    "divergence network: loss": ("", "_divergence_loss"),
-    "backward and optimizers": ("_runner", "descend"),
+    "mean-flow regressions": ("", "_regression_errors"),
+    "backward and optimizers": ("", "_descend"),
     "target critics": ("", "_update_target"),
 }
 Rows = dict[str, dict[str, float]]
@@ -88,8 +87,6 @@ def make_models(env: Callable[[], gym.Env], width: int, device: str, quick: bool
     }
     if not quick:
         kinds["MFPO, compiled"] = (MFPO, dict(compile_step=True))
-    if device == "cpu" and onednn_matmul_is_exact():
-        kinds |= {f"{name}, oneDNN": (kinds[name][0], dict(onednn_matmul=True)) for name in ("MFPO", "SOM")}
     common = dict(learning_starts=300, buffer_size=10_000, batch_size=BATCH_SIZE, device=device)
     models = {
         name: algorithm("MlpPolicy", env(), policy_kwargs=dict(net_arch=[width] * 3), **common, **kwargs)  # type: ignore[arg-type]
@@ -215,7 +212,7 @@ def path_of_a_gpu() -> Iterator[None]:
     with (
         mock.patch.object(layers, "CACHED_ROWS", sys.maxsize),
         mock.patch.object(layers, "MANY_NUMBERS", sys.maxsize),
-        mock.patch("sb3_mfpo.training.stepper.StepRunner.defers_checks", lambda self, optimizer: True),
+        mock.patch.object(ActorCriticAlgorithm, "_looks_at_losses_late", lambda self, optimizer: True),
     ):
         yield
 
@@ -261,7 +258,7 @@ def peak_memory(task: str, width: int, device: str, threads: int) -> float | Non
 
 def hardware() -> dict[str, Any]:
     gpu = th.cuda.get_device_name() if th.cuda.is_available() else None
-    return {"processor": processor(), "cores": os.cpu_count(), "gpu": gpu, "oneDNN is exact": onednn_matmul_is_exact()}
+    return {"processor": processor(), "cores": os.cpu_count(), "gpu": gpu}
 
 
 def print_rows(title: str, rows: Rows) -> None:

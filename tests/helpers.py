@@ -10,9 +10,9 @@ import torch as th
 from gymnasium import spaces
 
 from sb3_mfpo import MFPO, SOM
-from sb3_mfpo.training.actor_critic import FlowAlgorithm
+from sb3_mfpo.training.mean_flow import MeanFlowAlgorithm
 
-Algorithm = type[FlowAlgorithm]
+Algorithm = type[MeanFlowAlgorithm]
 ALGORITHMS: list[Algorithm] = [MFPO, SOM]
 
 # Small networks and few samples: the shapes of everything stay different from each other.

@@ -1,8 +1,7 @@
-"""The fast gradient step does what the plain one does: exact savings, compiled, captured, with oneDNN, without waiting."""
+"""The fast gradient step does what the plain one does: exact savings, compiled, without waiting."""
 
 import copy
 import pickle
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +13,28 @@ from speed import CountOperators, path_of_a_gpu
 
 from sb3_mfpo import MFPO, SOM
 from sb3_mfpo.nets import layers
-from sb3_mfpo.training.actor_critic import FlowAlgorithm
-from sb3_mfpo.training.stepper import StepRunner, onednn_matmul, onednn_matmul_is_exact
+from sb3_mfpo.training.mean_flow import MeanFlowAlgorithm
 from tests.helpers import ALGORITHMS, SMALL, SMALL_POLICY, Algorithm, RandomEnv, make_model
 
 needs_cuda = pytest.mark.skipif(not th.cuda.is_available(), reason="needs a CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
 
 
-def weights(model: FlowAlgorithm) -> th.Tensor:
+def weights(model: MeanFlowAlgorithm) -> th.Tensor:
     """All weights in double precision on the CPU, and the logarithm of a temperature."""
     temperature = [model.log_ent_coef] if isinstance(model, MFPO) else []
     values = [value.detach().flatten().cpu() for value in (*model.policy.parameters(), *temperature)]
     return th.cat(values).double()
 
 
-def train(model: FlowAlgorithm, steps: int, seed: int = 0, batch_size: int = 16) -> None:
+def train(model: MeanFlowAlgorithm, steps: int, seed: int = 0, batch_size: int = 16) -> None:
     """Gradient steps with given batches and noise."""
     np.random.seed(seed)
     th.manual_seed(seed)
     model.train(steps, batch_size=batch_size)
 
 
-def relative_difference(first: FlowAlgorithm, second: FlowAlgorithm, start: th.Tensor) -> float:
+def relative_difference(first: MeanFlowAlgorithm, second: MeanFlowAlgorithm, start: th.Tensor) -> float:
     """Of what training has changed since the start."""
     return ((weights(first) - weights(second)).norm() / (weights(second) - start).norm()).item()
 
@@ -104,31 +102,31 @@ def test_on_other_devices_a_broken_loss_skips_all_later_steps(
     algorithm: Algorithm, network: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The third of five steps goes wrong: `train` ends with an error that says so, and no trained weight has moved since."""
-    monkeypatch.setattr(StepRunner, "defers_checks", lambda self, optimizer: True)
+    monkeypatch.setattr(algorithm, "_looks_at_losses_late", lambda self, optimizer: True)
     model = make_model(algorithm, seed=0).learn(20)
-    losses, descend, names = [], model._runner.descend, NETWORKS[algorithm]
+    losses, descend, names = [], model._descend, NETWORKS[algorithm]
     before: list[th.Tensor] = []
 
     def trained() -> th.Tensor:
         parameters = [p for optimizer in model._optimizers() for group in optimizer.param_groups for p in group["params"]]
         return th.cat([parameter.detach().flatten() for parameter in parameters])
 
-    def broken(loss: th.Tensor, optimizer: th.optim.Optimizer) -> None:
+    def broken(name: str, loss: th.Tensor, optimizer: th.optim.Optimizer) -> th.Tensor:
         losses.append(loss)
         if len(losses) == 2 * len(names) + names.index(network) + 1:
             before.append(trained())
             with th.no_grad():
                 loss.mul_(np.nan)
-        descend(loss, optimizer)
+        return descend(name, loss, optimizer)
 
-    monkeypatch.setattr(model._runner, "descend", broken)
+    monkeypatch.setattr(model, "_descend", broken)
     name = {"temperature": "ent_coef"}.get(network, network)
     with pytest.raises(ValueError, match=rf"`{name}_loss` is nan at gradient step 13 \(environment step 20\)"):
         model.train(5, batch_size=8)
     assert len(losses) == 5 * len(names)
     assert th.equal(trained(), before[0]) and th.isfinite(before[0]).all()
     # The next call trains again
-    monkeypatch.setattr(model._runner, "descend", descend)
+    monkeypatch.setattr(model, "_descend", descend)
     model.train(1, batch_size=8)
     assert not th.equal(trained(), before[0])
 
@@ -143,7 +141,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module", params=ALGORITHMS, ids=lambda algorithm: algorithm.__name__)
 def pair(request: pytest.FixtureRequest, device: str) -> tuple[Any, Any]:
-    """The same small model, eager and compiled; the latter has done a step of each kind (on CUDA: has captured)."""
+    """The same small model, eager and compiled; the latter has done some steps."""
     kwargs: dict[str, Any] = dict(seed=0, batch_size=16, device=device, policy_kwargs=dict(net_arch=[16]))
     models = [make_model(request.param, **kwargs, compile_step=compile_step).learn(60) for compile_step in (False, True)]
     models[1].replay_buffer = models[0].replay_buffer
@@ -166,7 +164,7 @@ def test_compiled_steps_are_the_eager_ones(pair: tuple[Any, Any], change: str) -
     for step in range(10):
         for model in pair:
             train(model, 1, seed=step, batch_size=batch_size)
-    assert compiled._runner._functions
+    assert "_compiled" in vars(compiled) and "_compiled" not in vars(eager)
     difference = relative_difference(compiled, eager, start)
     print(f"{change}: relative difference of ten updates {difference:.1e}")
     assert difference < 1e-4
@@ -211,7 +209,7 @@ def test_compiled_models_are_saved_and_copied(pair: tuple[Any, Any], tmp_path: P
             assert loaded.compile_step == compile_step
             assert th.equal(weights(loaded), weights(model))
     for copied in (copy.deepcopy(compiled), pickle.loads(pickle.dumps(compiled))):
-        assert copied.compile_step and not copied._runner._functions and not copied._runner._graphs
+        assert copied.compile_step and "_compiled" not in vars(copied)
         assert th.equal(weights(copied), weights(compiled))
     # A model from a checkpoint of the compiled one trains on as the original does
     loaded = type(compiled).load(tmp_path / "model", env=RandomEnv(), device=compiled.device, compile_step=False)
@@ -221,70 +219,3 @@ def test_compiled_models_are_saved_and_copied(pair: tuple[Any, Any], tmp_path: P
     for model in (loaded, compiled):
         train(model, 1)
     assert relative_difference(loaded, compiled, start) < 1e-4
-
-
-@needs_cuda
-def test_steps_are_captured_on_cuda(pair: tuple[Any, Any]) -> None:
-    _, compiled = pair
-    compiled._runner.forget_graphs()
-    train(compiled, StepRunner.WARM_UP_STEPS)
-    assert not compiled._runner._graphs
-    train(compiled, 3)
-    assert len(compiled._runner._graphs) == 1
-    compiled.set_parameters(compiled.get_parameters())
-    assert not compiled._runner._graphs
-
-
-# oneDNN
-
-
-def onednn_precision() -> str:
-    return th.backends.mkldnn.matmul.fp32_precision
-
-
-def test_onednn_is_confined_to_its_context() -> None:
-    before = onednn_precision()
-    with onednn_matmul():
-        assert onednn_precision() == "bf16"
-    with onednn_matmul(enabled=False):
-        assert onednn_precision() == before
-    with pytest.raises(ZeroDivisionError), onednn_matmul():
-        1 / 0  # noqa: B018
-    assert onednn_precision() == before
-
-
-def test_the_processor_is_tried() -> None:
-    """The answer is that of this processor: exact products agree with double precision."""
-    generator = th.Generator().manual_seed(1)
-    a, b = th.randn(300, 200, generator=generator), th.randn(200, 100, generator=generator)
-    with onednn_matmul():
-        error = (a @ b - (a.double() @ b.double())).abs().max().item()
-    print(f"oneDNN products here: error {error:.1e}, exact: {onednn_matmul_is_exact()}")
-    assert (error < 1e-3) == onednn_matmul_is_exact()
-
-
-@pytest.mark.parametrize("exact", [True, False])
-def test_onednn_is_used_only_where_it_is_exact(algorithm: Algorithm, exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on either kind of processor: switched on within `train` alone, or refused with a warning."""
-    monkeypatch.setattr("sb3_mfpo.training.actor_critic.onednn_matmul_is_exact", lambda: exact)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        model = make_model(algorithm, onednn_matmul=True)
-    messages = [str(warning.message) for warning in caught if "onednn_matmul" in str(warning.message)]
-    assert len(messages) == (0 if exact else 1)
-    model.learn(10)
-    before, seen = onednn_precision(), []
-    monkeypatch.setattr(model, "_update_target", lambda: seen.append(onednn_precision()))
-    model.train(1, batch_size=8)
-    assert seen == ["bf16" if exact else before]
-    model.predict(model.observation_space.sample())
-    assert onednn_precision() == before
-
-
-@pytest.mark.skipif(
-    not onednn_matmul_is_exact(), reason="oneDNN rounds to bfloat16 on this processor, and MFPO does not use it"
-)
-def test_onednn_steps_are_the_usual_ones(algorithm: Algorithm) -> None:
-    models = [make_model(algorithm, seed=0, onednn_matmul=switch).learn(50) for switch in (False, True)]
-    start = weights(make_model(algorithm, seed=0))
-    assert relative_difference(models[0], models[1], start) < 1e-4

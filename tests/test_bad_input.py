@@ -18,7 +18,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper,
 from stable_baselines3.sac.policies import SACPolicy
 
 from sb3_mfpo import MFPO, SOM
-from sb3_mfpo.training.actor_critic import FlowAlgorithm
+from sb3_mfpo.training.mean_flow import MeanFlowAlgorithm
 from tests.helpers import ALGORITHMS, SMALL_POLICY, Algorithm, RandomEnv, make_model
 
 
@@ -49,7 +49,6 @@ ARGUMENTS_OF_ALL: list[tuple[dict[str, Any], str]] = [
     (dict(policy_delay=0), "`policy_delay`"),
     (dict(target_update_interval=0), "`target_update_interval`"),
     (dict(compile_step="reduce-overhead"), "`compile_step`"),
-    (dict(onednn_matmul="bf16"), "`onednn_matmul`"),
     (dict(allow_non_finite_observations="nan"), "`allow_non_finite_observations` must be one of True, False, not 'nan'"),
     (dict(equal_time_share=1.5), r"`equal_time_share` must be a number in \[0, 1\], not 1.5"),
     (dict(equal_time_share=-0.1), "`equal_time_share`"),
@@ -253,7 +252,7 @@ class BrokenEnv(RandomEnv):
         return observation, reward, terminated, truncated, info
 
 
-def weights(model: FlowAlgorithm) -> list[th.Tensor]:
+def weights(model: MeanFlowAlgorithm) -> list[th.Tensor]:
     return [value.clone() for value in model.policy.state_dict().values()]
 
 

@@ -14,12 +14,12 @@ from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.logger import configure
 
 from sb3_mfpo import MFPO
-from sb3_mfpo.training.actor_critic import FlowAlgorithm
 from sb3_mfpo.training.health import HealthCallback
+from sb3_mfpo.training.mean_flow import MeanFlowAlgorithm
 from tests.helpers import Algorithm, RandomEnv, make_model
 
 
-def check(model: FlowAlgorithm, **kwargs: Any) -> dict[str, float]:
+def check(model: MeanFlowAlgorithm, **kwargs: Any) -> dict[str, float]:
     callback = HealthCallback(**{"max_bias": 1e6, **kwargs})
     callback.init_callback(model)
     return callback.check()

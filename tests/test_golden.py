@@ -29,7 +29,7 @@ from sb3_mfpo.maths.categorical import reduce_values
 from sb3_mfpo.maths.divergence import exact_divergence, hutchinson_divergence
 from sb3_mfpo.maths.paths import linear_path
 from sb3_mfpo.mfpo import mfpo as mfpo_module
-from sb3_mfpo.mfpo.mfpo import FlowDraws, GradientStepDraws
+from sb3_mfpo.mfpo.mfpo import GradientStepDraws, MeanFlowDraws
 from sb3_mfpo.nets.flow import FlowMLP, embed_grid
 from sb3_mfpo.nets.layers import MultiInputMLP
 from tests.helpers import RandomEnv
@@ -153,6 +153,33 @@ def record_calls(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list
     return results
 
 
+def golden_batch() -> ReplayBufferSamples:
+    return ReplayBufferSamples(
+        observations=GOLDEN["batch/obs"],
+        actions=GOLDEN["batch/act"],
+        next_observations=GOLDEN["batch/next_obs"],
+        dones=1 - GOLDEN["batch/mask"].unsqueeze(1),
+        rewards=GOLDEN["batch/reward"].unsqueeze(1),
+    )
+
+
+def losses_of_a_step(
+    model: Any, draws: GradientStepDraws, proposals: tuple[th.Tensor, th.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> dict[str, th.Tensor]:
+    """Of the shipped gradient step with given samples of the policy and their log-probabilities; no weight changes."""
+    losses: dict[str, th.Tensor] = {}
+    sample = model.policy.sample
+
+    def given(features: th.Tensor, noise: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        return sample(features, noise) if noise.dim() == 2 else proposals
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.policy, "sample", given)
+        patch.setattr(model, "_descend", lambda name, loss, optimizer: losses.setdefault(name, loss))
+        model._update(golden_batch(), draws, update_target=False)
+    return losses
+
+
 # The outputs, section by section. Each is computed from stored inputs and stored upstream outputs.
 
 Outputs = dict[str, th.Tensor]
@@ -199,7 +226,7 @@ def times(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
     for case in ("time/a", "time/b"):
         normal = th.cat([g[f"{case}/normal_1"], g[f"{case}/normal_2"]], dim=1)
         mean, std = g["time/mean"].item(), g["time/std"].item()
-        out[f"{case}/t"], out[f"{case}/r"] = mean_flow.sample_times(normal, mean, std, int(g[f"{case}/n_equal"]))
+        out[f"{case}/t"], out[f"{case}/r"] = mean_flow.logit_normal_times(normal, mean, std, int(g[f"{case}/n_equal"]))
     return out
 
 
@@ -306,12 +333,13 @@ def snis(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
         out[f"snis/{case}/log_weight_policy"] = boltzmann.policy_log_weights(
             policy_q, g["snis/policy_logp"], policy_actions, noisy, t, temperature
         )
-        out[f"snis/{case}/log_weight_clean"] = boltzmann.gaussian_log_weights(clean_q, temperature)
+        out[f"snis/{case}/log_weight_clean"] = clean_q / temperature
         for kind, actions in (("policy", policy_actions), ("clean", clean_actions)):
             weights = g[f"snis/{case}/log_weight_{kind}"].softmax(dim=1)
             out[f"snis/{case}/weight_{kind}"] = weights
-            velocity, size = boltzmann.snis_velocity(weights, actions, noisy, t)
-            out[f"snis/{case}/velocity_{kind}"], out[f"snis/{case}/ess_{kind}"] = velocity, size.squeeze(1)
+            mean_action, size = boltzmann.snis_mean(weights, actions)
+            out[f"snis/{case}/velocity_{kind}"] = paths.linear_velocity(noisy, mean_action, t)
+            out[f"snis/{case}/ess_{kind}"] = size.squeeze(1)
         velocity, shares = boltzmann.combine_by_sample_size(
             [g[f"snis/{case}/velocity_policy"], g[f"snis/{case}/velocity_clean"]],
             [g[f"snis/{case}/ess_policy"].unsqueeze(1), g[f"snis/{case}/ess_clean"].unsqueeze(1)],
@@ -336,7 +364,7 @@ def gaussian_proposal(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
 
 def actor_loss(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
     t, r, noisy = g["snis/t"], g["snis/r"], g["snis/noisy_actions"]
-    model, out = golden_model(n_equal=count_equal(t, r)), {}
+    model, out = golden_model(), {}
     features = model.actor.encode(g["batch/obs"])
     with th.no_grad():
         out["meanflow/u_pred"] = model.actor(features, noisy, model.actor.embed(t, t - r))
@@ -347,14 +375,15 @@ def actor_loss(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
     out["meanflow/loss_per_row"] = (g["meanflow/u_pred"] - g["meanflow/target"]).square().mean(dim=1)
     # The shipped step, from proposals to gradient
     for reduction, loss_name in (("mean", "meanflow/mean_case/loss"), ("min", "meanflow/loss")):
-        model = golden_model(n_equal=count_equal(t, r))
+        model = golden_model()
         model.critic_reduction = reduction
-        draws = model._draw(meta("batch"))._replace(actor=FlowDraws(t, r, g["snis/noise"]), uniform=g["gprop/uniform01"])
-        features = model.actor.encode(g["batch/obs"])
-        metrics = model._update_actor(
-            g["batch/obs"], features, g["snis/policy_actions"], g["snis/policy_logp"], draws, g["snis/temperature"]
-        )
-        out[loss_name] = metrics["actor_loss"]
+        draws = MeanFlowDraws(t, r, count_equal(t, r), g["snis/noise"])
+        draws = model._draw(meta("batch"))._replace(actor=draws, uniform=g["gprop/uniform01"])
+        with th.no_grad():
+            model.log_ent_coef.copy_(g["snis/temperature"].log())
+        proposals = g["snis/policy_actions"], g["snis/policy_logp"]
+        out[loss_name] = losses_of_a_step(model, draws, proposals, monkeypatch)["actor_loss"]
+        out[loss_name].backward()
     for name, parameter in flax_parameters(model.actor.network).items():
         out[f"grad_actor/{name}"] = to_flax(name, parameter.grad)
     return out
@@ -362,7 +391,7 @@ def actor_loss(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
 
 def adn_loss(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
     t, r, noise = g["adn_loss/t"], g["adn_loss/r"], g["adn_loss/noise"]
-    model, out = golden_model(n_equal=count_equal(t, r)), {}
+    model, out = golden_model(), {}
     features = model.actor.encode(g["batch/obs"])
     out["adn_loss/noisy_actions"] = paths.interpolate(g["adn_loss/clean_actions"], noise, *linear_path(t))
     noisy, probes = g["adn_loss/noisy_actions"], g["adn_loss/probes"].transpose(0, 1)
@@ -379,8 +408,12 @@ def adn_loss(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
         out["adn_loss/target"] = mean_flow.mean_flow_target(divergence, t - r, g["adn_loss/du_dt"])
         out["adn_loss/loss_per_row"] = (g["adn_loss/pred"] - g["adn_loss/target"]).square().squeeze(1)
     # The shipped step
-    draws = model._draw(meta("batch"))._replace(divergence=FlowDraws(t, r, noise), probes=probes)
-    out["adn_loss/loss"] = model._update_divergence(g["batch/obs"], g["adn_loss/clean_actions"], draws)["divergence_loss"]
+    draws = MeanFlowDraws(t, r, count_equal(t, r), noise)
+    draws = model._draw(meta("batch"))._replace(divergence=draws, probes=probes)
+    proposals = g["adn_loss/clean_actions"].unsqueeze(1), th.zeros(meta("batch"), 1)
+    model.n_policy_samples = 0
+    out["adn_loss/loss"] = losses_of_a_step(model, draws, proposals, monkeypatch)["divergence_loss"]
+    out["adn_loss/loss"].backward()
     for name, parameter in flax_parameters(model.divergence).items():
         out[f"grad_adn/{name}"] = to_flax(name, parameter.grad)
     # The divergence's loss must not reach the actor
@@ -395,8 +428,11 @@ def temperature(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
         model.target_entropy = g["temp/target_entropy"].item()
         with th.no_grad():
             model.log_ent_coef.fill_(log_temp)
-        columns["temp/temperature"].append(model._temperature())
-        columns["temp/loss"].append(model._update_temperature(entropy)["ent_coef_loss"])
+        proposals = th.zeros(meta("batch"), 1, meta("act_dim")), -entropy.expand(meta("batch"), 1)
+        loss = losses_of_a_step(model, model._draw(meta("batch")), proposals, monkeypatch)["ent_coef_loss"]
+        columns["temp/temperature"].append(model.log_ent_coef.detach().exp().squeeze())
+        columns["temp/loss"].append(loss.detach())
+        type(model)._descend(model, "ent_coef_loss", loss, model.ent_coef_optimizer)
         columns["temp/grad"].append(model.log_ent_coef.grad.squeeze())
         columns["temp/log_temp_after_adam"].append(model.log_ent_coef.detach().squeeze())
     return {name: th.stack(values) for name, values in columns.items()}
@@ -419,10 +455,11 @@ def selection(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
 
 
 def whole_update(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
-    actor_draws = FlowDraws(g["update/actor_t"], g["update/actor_r"], g["update/actor_noise"])
-    adn_draws = FlowDraws(g["update/adn_t"], g["update/adn_r"], g["update/adn_noise"])
-    n_equal = min(count_equal(draws.t, draws.r) for draws in (actor_draws, adn_draws))
-    model, out = golden_model(n_equal), {}
+    actor_draws, adn_draws = (
+        MeanFlowDraws(t, r, count_equal(t, r), noise)
+        for t, r, noise in ([g[f"update/{kind}_{name}"] for name in ("t", "r", "noise")] for kind in ("actor", "adn"))
+    )
+    model, out = golden_model(), {}
 
     # The file stores truncated noise where the algorithm draws uniform numbers: go back through the distribution function
     with th.no_grad():
@@ -440,13 +477,7 @@ def whole_update(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
         divergence=adn_draws,
         probes=g["update/probes"].transpose(0, 1),
     )
-    batch = ReplayBufferSamples(
-        observations=g["batch/obs"],
-        actions=g["batch/act"],
-        next_observations=g["batch/next_obs"],
-        dones=1 - g["batch/mask"].unsqueeze(1),
-        rewards=g["batch/reward"].unsqueeze(1),
-    )
+    batch = golden_batch()
     losses = record_calls(monkeypatch, categorical, "cross_entropy")
     samples = record_calls(monkeypatch, model.policy, "sample")
     velocities = record_calls(monkeypatch, model, "_boltzmann_velocity")

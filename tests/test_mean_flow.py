@@ -71,7 +71,7 @@ def test_adaptive_weights() -> None:
 def test_times_are_ordered_logit_normal_pairs() -> None:
     generator = th.Generator().manual_seed(0)
     normal = th.randn(20_000, 2, generator=generator)
-    t, r = mean_flow.sample_times(normal, mean=-0.4, std=1.0, n_equal=5_000)
+    t, r = mean_flow.logit_normal_times(normal, mean=-0.4, std=1.0, n_equal=5_000)
     assert t.shape == r.shape == (20_000, 1)
     assert (t[:5_000] == r[:5_000]).all()
     assert (r[5_000:] < t[5_000:]).all()
@@ -81,7 +81,7 @@ def test_times_are_ordered_logit_normal_pairs() -> None:
 
 
 def test_all_rows_may_be_equal() -> None:
-    t, r = mean_flow.sample_times(th.randn(8, 2), 0.0, 1.0, n_equal=8)
+    t, r = mean_flow.logit_normal_times(th.randn(8, 2), 0.0, 1.0, n_equal=8)
     assert (t == r).all()
 
 

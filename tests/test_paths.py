@@ -54,21 +54,22 @@ def relative_error(estimate: th.Tensor, truth: th.Tensor) -> float:
 @pytest.mark.parametrize("path", PATHS)
 def test_scores_and_velocities_agree(path: str, t: float) -> None:
     """
-    Score from the posterior mean; and three forms of the velocity: from the score, mu' E[a_0] + sigma' E[eps], and the same
+    Score from the posterior mean and back; and the velocity against mu' E[a_0] + sigma' E[eps], and the same
     with E[a_0] = (a_t - sigma E[eps]) / mu. mu' and sigma' come from automatic differentiation.
     """
     times, noisy, mu, sigma = noisy_actions(path, t, 500)
     scores, mean_action, mean_noise = exact(noisy, mu, sigma)
     assert relative_error(boltzmann.score_from_mean_action(mean_action, noisy, mu, sigma), scores) < 1e-9
-    _, (d_signal, d_sigma) = th.func.jvp(PATHS[path][0], (times,), (th.ones_like(times),))
-    from_score = PATHS[path][1](noisy, scores, times)
-    from_action = d_signal * mean_action + d_sigma * mean_noise
-    from_noise = d_signal / mu * (noisy - sigma * mean_noise) + d_sigma * mean_noise
-    assert relative_error(from_score, from_action) < 1e-6
-    assert relative_error(from_score, from_noise) < 1e-6
-    if path == "linear":
-        # MFPO's form
-        assert relative_error((noisy - mean_action) / times, from_score) < 1e-6
+    _, (d_mu, d_sigma) = th.func.jvp(PATHS[path][0], (times,), (th.ones_like(times),))
+    assert relative_error(boltzmann.mean_action_from_score(scores, noisy, mu, sigma), mean_action) < 1e-9
+    velocity = PATHS[path][1](noisy, mean_action, times)
+    from_action = d_mu * mean_action + d_sigma * mean_noise
+    from_noise = d_mu / mu * (noisy - sigma * mean_noise) + d_sigma * mean_noise
+    assert relative_error(velocity, from_action) < 1e-6
+    assert relative_error(velocity, from_noise) < 1e-6
+    if path == "vp":
+        # SOM's form
+        assert relative_error(-0.5 * paths.noise_rate(times) * (noisy + scores), velocity) < 1e-6
 
 
 @pytest.mark.parametrize("t", TIMES)
@@ -148,7 +149,7 @@ def test_a_fine_solve_carries_noise_to_the_mixture(path: str) -> None:
 
     def velocity(actions: th.Tensor, k: int) -> th.Tensor:
         t = times[k].reshape(1, 1)
-        return velocity_of(actions, exact(actions, *path_of(t))[0], t)
+        return velocity_of(actions, exact(actions, *path_of(t))[1], t)
 
     actions, _ = mean_flow.few_step_sample(velocity, noise, times)
     distance, nearest = th.cdist(actions, MEANS).min(dim=1)

@@ -22,7 +22,6 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
 from sb3_mfpo import MFPO, RunCheckpointCallback
-from sb3_mfpo.training.stepper import StepRunner
 from tests.helpers import SMALL_POLICY, Algorithm, RandomEnv, assert_equal, make_model
 
 # `HYPOTHESIS_PROFILE=nightly` draws more
@@ -224,19 +223,19 @@ def test_logged_means_are_over_all_gradient_steps(algorithm: Algorithm, monkeypa
 def test_the_broken_gradient_step_is_named(algorithm: Algorithm, broken: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where losses are looked at late: every four steps, and at the end of the call."""
     monkeypatch.setattr(algorithm, "READ_EVERY", 4)
-    monkeypatch.setattr(StepRunner, "defers_checks", lambda self, optimizer: True)
+    monkeypatch.setattr(algorithm, "_looks_at_losses_late", lambda self, optimizer: True)
     model = make_model(algorithm).learn(20)
-    descend, critic_losses = model._runner.descend, []
+    descend, critic_losses = model._descend, []
 
-    def broken_descend(loss: th.Tensor, optimizer: th.optim.Optimizer) -> None:
+    def broken_descend(name: str, loss: th.Tensor, optimizer: th.optim.Optimizer) -> th.Tensor:
         if optimizer is model.critic.optimizer:
             critic_losses.append(loss)
             if len(critic_losses) == broken:
                 with th.no_grad():
                     loss.mul_(np.nan)
-        descend(loss, optimizer)
+        return descend(name, loss, optimizer)
 
-    monkeypatch.setattr(model._runner, "descend", broken_descend)
+    monkeypatch.setattr(model, "_descend", broken_descend)
     with pytest.raises(ValueError, match=rf"`critic_loss` is nan at gradient step {10 + broken} \(environment step 20\)"):
         model.train(10, batch_size=8)
     assert len(critic_losses) == (4 if broken <= 4 else 8)

@@ -37,7 +37,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from sb3_mfpo import MFPO, SOM
-from sb3_mfpo.training.actor_critic import FlowAlgorithm
+from sb3_mfpo.training.mean_flow import MeanFlowAlgorithm
 from tests.helpers import SMALL, SMALL_POLICY, Algorithm, RandomEnv, assert_equal, make_model
 
 DEVICES = ["cpu", *(["cuda"] if th.cuda.is_available() else [])]
@@ -55,11 +55,11 @@ METRICS: dict[Algorithm, set[str]] = {
 }
 
 
-def state_of(model: FlowAlgorithm) -> dict[str, Any]:
+def state_of(model: MeanFlowAlgorithm) -> dict[str, Any]:
     return {name: copy.deepcopy(value) for name, value in model.get_parameters().items()}
 
 
-def observations_for(model: FlowAlgorithm, n: int = 6) -> np.ndarray:
+def observations_for(model: MeanFlowAlgorithm, n: int = 6) -> np.ndarray:
     model.observation_space.seed(0)
     return np.stack([model.observation_space.sample() for _ in range(n)])
 

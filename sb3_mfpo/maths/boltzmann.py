@@ -86,18 +86,7 @@ def policy_log_weights(
     :return: shape (B, K)
     """
     noise = (noisy_actions.unsqueeze(1) - (1 - t).unsqueeze(1) * actions) / t.unsqueeze(1)
-    return gaussian_log_weights(q_values, ent_coef) - 0.5 * noise.square().sum(dim=-1) - log_prob
-
-
-def gaussian_log_weights(q_values: th.Tensor, ent_coef: th.Tensor | float) -> th.Tensor:
-    """
-    Unnormalised log-weights of actions drawn from the truncated Gaussian proposal, Q / alpha.
-
-    :param q_values: Q(s, a_0), shape (B, K)
-    :param ent_coef: Temperature alpha > 0
-    :return: shape (B, K)
-    """
-    return q_values / ent_coef
+    return q_values / ent_coef - 0.5 * noise.square().sum(dim=-1) - log_prob
 
 
 def snis_mean(weights: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
@@ -111,35 +100,19 @@ def snis_mean(weights: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Ten
     return (weights.unsqueeze(-1) * actions).sum(dim=1), 1 / weights.square().sum(dim=1, keepdim=True)
 
 
-def snis_velocity(
-    weights: th.Tensor, actions: th.Tensor, noisy_actions: th.Tensor, t: th.Tensor
-) -> tuple[th.Tensor, th.Tensor]:
-    """
-    Weighted mean of (a_t - a_0) / t, the linear path's velocity, and the effective sample size of the weights.
-
-    :param weights: Normalised weights, summing to one over K, shape (B, K)
-    :param actions: a_0, shape (B, K, d)
-    :param noisy_actions: a_t, shape (B, d)
-    :param t: Time in (0, 1), shape (B, 1)
-    :return: Velocity, shape (B, d); effective sample size in [1, K], shape (B, 1)
-    """
-    mean_action, size = snis_mean(weights, actions)
-    return (noisy_actions - mean_action) / t, size
-
-
 def combine_by_sample_size(
-    velocities: Sequence[th.Tensor], sample_sizes: Sequence[th.Tensor]
+    estimates: Sequence[th.Tensor], sample_sizes: Sequence[th.Tensor]
 ) -> tuple[th.Tensor, list[th.Tensor]]:
     """
     Mean of several estimates, each weighted by its effective sample size.
 
-    :param velocities: Estimates, at least one, each of shape (B, d)
+    :param estimates: At least one, each of shape (B, d)
     :param sample_sizes: Their effective sample sizes, each of shape (B, 1)
     :return: Combined estimate, shape (B, d); the share of each estimate in [0, 1], each of shape (B, 1)
     """
     total = th.stack(list(sample_sizes)).sum(dim=0)
     shares = [size / total for size in sample_sizes]
-    return th.stack([share * velocity for share, velocity in zip(shares, velocities, strict=True)]).sum(dim=0), shares
+    return th.stack([share * value for share, value in zip(shares, estimates, strict=True)]).sum(dim=0), shares
 
 
 def score_from_mean_action(mean_action: th.Tensor, noisy_actions: th.Tensor, mu: th.Tensor, sigma: th.Tensor) -> th.Tensor:
@@ -153,6 +126,19 @@ def score_from_mean_action(mean_action: th.Tensor, noisy_actions: th.Tensor, mu:
     :return: Score, shape (..., d)
     """
     return (mu * mean_action - noisy_actions) / sigma.square()
+
+
+def mean_action_from_score(score: th.Tensor, noisy_actions: th.Tensor, mu: th.Tensor, sigma: th.Tensor) -> th.Tensor:
+    """
+    Posterior mean from the score (Tweedie's formula), E[a_0 | a_t] = (a_t + sigma_t^2 score) / mu_t.
+
+    :param score: Gradient of log p_t at a_t, shape (..., d)
+    :param noisy_actions: a_t, shape (..., d)
+    :param mu: mu_t > 0, shape (..., 1)
+    :param sigma: sigma_t, shape (..., 1)
+    :return: Mean action, shape (..., d)
+    """
+    return (noisy_actions + sigma.square() * score) / mu
 
 
 def score_from_gradients(weights: th.Tensor, gradients: th.Tensor, mu: th.Tensor) -> th.Tensor:

@@ -16,7 +16,7 @@ import torch as th
 AverageOnGrid = Callable[[th.Tensor, int], th.Tensor]
 
 
-def sample_times(normal: th.Tensor, mean: float, std: float, n_equal: int) -> tuple[th.Tensor, th.Tensor]:
+def logit_normal_times(normal: th.Tensor, mean: float, std: float, n_equal: int) -> tuple[th.Tensor, th.Tensor]:
     """
     Logit-normal time pairs: t and r are the larger and the smaller of ``sigmoid(mean + std * normal)``; the leading rows
     get r = t, so that which rows need no derivative is known in advance.

@@ -83,25 +83,27 @@ def truncated_noise_bounds(noisy_actions: th.Tensor, mu: th.Tensor, sigma: th.Te
     return (noisy_actions - mu) / sigma, (noisy_actions + mu) / sigma
 
 
-def linear_velocity(noisy_actions: th.Tensor, score: th.Tensor, t: th.Tensor) -> th.Tensor:
+def linear_velocity(noisy_actions: th.Tensor, mean_action: th.Tensor, t: th.Tensor) -> th.Tensor:
     """
-    Velocity of the linear path's probability flow, v = -(a_t + t score) / (1 - t) = (a_t - E[a_0 | a_t]) / t.
+    Velocity of the linear path's flow, v = (a_t - E[a_0 | a_t]) / t.
 
     :param noisy_actions: a_t, shape (..., d)
-    :param score: Score there, shape (..., d)
-    :param t: Time in [0, 1), shape (..., 1)
+    :param mean_action: E[a_0 | a_t], shape (..., d)
+    :param t: Time in (0, 1], shape (..., 1)
     :return: d a_t / dt, shape (..., d)
     """
-    return -(noisy_actions + t * score) / (1 - t)
+    return (noisy_actions - mean_action) / t
 
 
-def variance_preserving_velocity(noisy_actions: th.Tensor, score: th.Tensor, t: th.Tensor) -> th.Tensor:
+def variance_preserving_velocity(noisy_actions: th.Tensor, mean_action: th.Tensor, t: th.Tensor) -> th.Tensor:
     """
-    Velocity of the VP path's probability flow, v = -1/2 beta(t) (a_t + score) (SOM).
+    Velocity of the VP path's probability flow, v = -1/2 beta(t) (a_t + score) (SOM), with the score by Tweedie's formula:
+    v = 1/2 beta(t) mu_t (mu_t a_t - E[a_0 | a_t]) / sigma_t^2.
 
     :param noisy_actions: a_t, shape (..., d)
-    :param score: Score there, shape (..., d)
-    :param t: Time in [0, 1], shape (..., 1)
+    :param mean_action: E[a_0 | a_t], shape (..., d)
+    :param t: Time in (0, 1], shape (..., 1)
     :return: d a_t / dt, shape (..., d)
     """
-    return -0.5 * noise_rate(t) * (noisy_actions + score)
+    mu, sigma = variance_preserving_path(t)
+    return 0.5 * noise_rate(t) * mu * (mu * noisy_actions - mean_action) / sigma.square()

@@ -12,13 +12,12 @@ from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, ReplayBufferSamples, Schedule
-from torch.nn import functional as F
 
 from sb3_mfpo.checks import check_integer
-from sb3_mfpo.maths import boltzmann, mean_flow, paths
+from sb3_mfpo.maths import boltzmann
 from sb3_mfpo.maths.categorical import reduce_values
 from sb3_mfpo.maths.divergence import hutchinson_divergence
-from sb3_mfpo.maths.paths import linear_path
+from sb3_mfpo.maths.paths import interpolate, linear_path, linear_velocity
 from sb3_mfpo.mfpo.policies import (
     AverageDivergenceNetwork,
     CnnPolicy,
@@ -27,7 +26,8 @@ from sb3_mfpo.mfpo.policies import (
     MlpPolicy,
     MultiInputPolicy,
 )
-from sb3_mfpo.training.actor_critic import FlowAlgorithm, FlowDraws
+from sb3_mfpo.training.actor_critic import Metrics
+from sb3_mfpo.training.mean_flow import MeanFlowAlgorithm, MeanFlowDraws
 
 SelfMFPO = TypeVar("SelfMFPO", bound="MFPO")
 
@@ -44,12 +44,12 @@ class GradientStepDraws(NamedTuple):
     next_noise: th.Tensor
     policy_noise: th.Tensor
     uniform: th.Tensor
-    actor: FlowDraws
-    divergence: FlowDraws
+    actor: MeanFlowDraws
+    divergence: MeanFlowDraws
     probes: th.Tensor
 
 
-class MFPO(FlowAlgorithm):
+class MFPO(MeanFlowAlgorithm):
     """
     Mean Flow Policy Optimization (MFPO)
 
@@ -112,10 +112,8 @@ class MFPO(FlowAlgorithm):
     :param critic_reduction: "min" or "mean" over the critics, in targets, velocity estimate and choice of action (the authors
         use "mean" for HalfCheetah, "min" for the other MuJoCo tasks)
     :param policy_delay: Update actor, divergence network and temperature every so many gradient steps
-    :param compile_step: Whether to compile the gradient step with ``torch.compile`` and, on a CUDA device, to capture it into
-        CUDA graphs. The first steps then take minutes; the results are the same up to rounding.
-    :param onednn_matmul: Whether oneDNN multiplies matrices in the gradient step on a CPU; faster on AMD processors. Has no
-        effect, and warns, where the products would be rounded to bfloat16.
+    :param compile_step: Whether to compile the gradient step with ``torch.compile``, which on a CUDA device also captures its
+        parts into CUDA graphs. The first steps then take minutes; the results are the same up to rounding.
     :param allow_non_finite_observations: Whether observations may hold NaN or infinite numbers, which the features extractor
         must then replace; by default they stop the training. Rewards and actions must be finite in any case.
     :raises ValueError: If an argument is out of range; the message names it
@@ -169,7 +167,6 @@ class MFPO(FlowAlgorithm):
         critic_reduction: str = "min",
         policy_delay: int = 1,
         compile_step: bool = False,
-        onednn_matmul: bool = False,
         allow_non_finite_observations: bool = False,
     ):
         if use_sde:
@@ -206,7 +203,6 @@ class MFPO(FlowAlgorithm):
             critic_reduction=critic_reduction,
             policy_delay=policy_delay,
             compile_step=compile_step,
-            onednn_matmul=onednn_matmul,
             allow_non_finite_observations=allow_non_finite_observations,
         )
         self.ent_coef = ent_coef
@@ -246,10 +242,6 @@ class MFPO(FlowAlgorithm):
         """The policy's divergence network."""
         return self.policy.divergence
 
-    def _settings(self) -> tuple[Any, ...]:
-        samples = (self.n_policy_samples, self.n_gaussian_samples, self.n_probes)
-        return (*super()._settings(), *samples, self.target_entropy)
-
     def _optimizers(self) -> list[th.optim.Optimizer]:
         optimizers = super()._optimizers()
         if isinstance(self.divergence, AverageDivergenceNetwork):
@@ -264,8 +256,8 @@ class MFPO(FlowAlgorithm):
             next_noise=self._normal(batch_size, d),
             policy_noise=self._normal(batch_size, n_policy, d),
             uniform=th.rand(batch_size, self.n_gaussian_samples, d, device=self.device),
-            actor=self._draw_flow(batch_size, self.policy.actor_type),
-            divergence=self._draw_flow(batch_size, self.policy.divergence_type),
+            actor=self._draw_regression(batch_size, self.policy.actor_type),
+            divergence=self._draw_regression(batch_size, self.policy.divergence_type),
             probes=self._normal(self.n_probes, batch_size, d),
         )
 
@@ -275,102 +267,72 @@ class MFPO(FlowAlgorithm):
         draws: GradientStepDraws,
         update_target: bool = True,
         improve_policy: bool = True,
-    ) -> dict[str, th.Tensor]:
+    ) -> Metrics:
+        """
+        Algorithm 3 of the paper; the order of the updates is that of the authors' code.
+
+        :param batch: Sample of a replay buffer
+        :param draws: The step's randomness
+        :param update_target: Whether the target critics follow
+        :param improve_policy: Whether to update actor, divergence network and temperature
+        :return: Quantities to log by name, scalars without gradient
+        """
         ent_coef = self._temperature()
-        metrics = {"ent_coef": ent_coef} | self._update_critic(batch, draws.next_noise, ent_coef)
+        metrics = {"ent_coef": ent_coef}
+
+        # Critics: regression on the soft Bellman target (Eq. 29)
+        with th.no_grad():
+            next_features = self.actor.encode(batch.next_observations)
+            next_actions, next_log_prob = self.policy.sample(next_features, draws.next_noise)
+            entropy_bonus = -ent_coef * next_log_prob.unsqueeze(1)
+        critic_loss, critic_metrics = self._td_loss(batch, next_actions, entropy_bonus)
+        metrics["critic_loss"] = self._descend("critic_loss", critic_loss, self.critic.optimizer)
+        metrics |= critic_metrics
         if update_target:
             self._update_target()
-        if improve_policy:
-            metrics |= self._improve_policy(batch.observations, draws, ent_coef)
+        if not improve_policy:
+            return metrics
+
+        # Proposals: samples of the policy
+        features = self.actor.encode(batch.observations)
+        with th.no_grad():
+            actions, log_prob = self.policy.sample(features.unsqueeze(1), draws.policy_noise)
+
+        # Velocity field of the Boltzmann policy, at a point on the path from the first of them (Eq. 19-27)
+        t = draws.actor.t
+        noisy_actions = interpolate(actions[:, 0], draws.actor.noise, *linear_path(t))
+        velocity, velocity_metrics = self._boltzmann_velocity(
+            batch.observations, actions, log_prob, noisy_actions, t, draws.uniform, ent_coef
+        )
+        metrics |= velocity_metrics
+
+        # Actor: mean-flow regression on this velocity (Eq. 28)
+        errors = self._regression_errors(self.actor, features, noisy_actions, draws.actor, velocity, velocity)
+        metrics["actor_loss"] = self._descend("actor_loss", errors.square().mean(), self.actor.optimizer)
+
+        # Divergence network: mean-flow regression on the divergence of the actor's velocity (Eq. 12-18)
+        if isinstance(self.divergence, AverageDivergenceNetwork):
+            t = draws.divergence.t
+            noisy_actions = interpolate(actions[:, 0], draws.divergence.noise, *linear_path(t))
+            with th.no_grad():
+                features = self.actor.encode(batch.observations)
+                velocity, jacobian_product = self.actor.linearize_velocity(features, noisy_actions, t)
+                divergence = hutchinson_divergence(draws.probes, jacobian_product(draws.probes))
+            errors = self._regression_errors(self.divergence, features, noisy_actions, draws.divergence, velocity, divergence)
+            loss = errors.square().mean()
+            metrics["divergence_loss"] = self._descend("divergence_loss", loss, self.divergence.optimizer)
+
+        # Temperature: it rises when the entropy is below its target (Eq. 30)
+        metrics["entropy"] = entropy = -log_prob.mean()
+        if self.log_ent_coef is not None and self.ent_coef_optimizer is not None:
+            loss = (self.log_ent_coef.exp() * (entropy - float(self.target_entropy))).mean()
+            metrics["ent_coef_loss"] = self._descend("ent_coef_loss", loss, self.ent_coef_optimizer)
         return metrics
 
     def _temperature(self) -> th.Tensor:
         if self.log_ent_coef is None:
             return self.ent_coef_tensor
         return self.log_ent_coef.detach().exp().squeeze()
-
-    def _next_actions(self, observations: PyTorchObs, noise: th.Tensor, ent_coef: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        """
-        Soft values: the bonus is the entropy's (Eq. 29).
-
-        :param observations: Batch of next observations
-        :param noise: Starts the next actions, shape (B, d)
-        :param ent_coef: Temperature
-        :return: Samples of the policy, shape (B, d); -alpha log pi(a' | s'), shape (B, 1)
-        """
-        actions, log_prob = self.policy.sample(self.actor.encode(observations), noise)
-        return actions, -ent_coef * log_prob.unsqueeze(1)
-
-    def _improve_policy(self, observations: PyTorchObs, draws: GradientStepDraws, ent_coef: th.Tensor) -> dict[str, th.Tensor]:
-        """
-        Soft policy improvement: actor, divergence network and temperature, in this order (authors' code).
-
-        :param observations: Batch of observations
-        :param draws: The step's randomness
-        :param ent_coef: Temperature
-        :return: Quantities to log
-        """
-        features = self.actor.encode(observations)
-        actions, log_prob = self._runner.compiled(self._propose)(features.detach(), draws.policy_noise)
-        metrics = self._update_actor(observations, features, actions, log_prob, draws, ent_coef)
-        metrics |= self._update_divergence(observations, actions[:, 0], draws)
-        return metrics | self._update_temperature(entropy=-log_prob.mean())
-
-    @th.no_grad()
-    def _propose(self, features: th.Tensor, noise: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        """
-        :param features: The actor's state features, shape (B, S)
-        :param noise: Standard-normal noise, shape (B, K, d)
-        :return: Samples of the policy, shape (B, K, d); their log-probabilities, shape (B, K)
-        """
-        return self.policy.sample(features.unsqueeze(1), noise)
-
-    def _update_actor(
-        self,
-        observations: PyTorchObs,
-        features: th.Tensor,
-        actions: th.Tensor,
-        log_prob: th.Tensor,
-        draws: GradientStepDraws,
-        ent_coef: th.Tensor,
-    ) -> dict[str, th.Tensor]:
-        loss, metrics = self._runner.compiled(self._actor_loss)(observations, features, actions, log_prob, draws, ent_coef)
-        self._optimize("actor_loss", loss, self.actor.optimizer)
-        return {"actor_loss": loss.detach()} | metrics
-
-    def _actor_loss(
-        self,
-        observations: PyTorchObs,
-        features: th.Tensor,
-        actions: th.Tensor,
-        log_prob: th.Tensor,
-        draws: GradientStepDraws,
-        ent_coef: th.Tensor,
-    ) -> tuple[th.Tensor, dict[str, th.Tensor]]:
-        """
-        Regression of the average velocity on the Boltzmann policy's velocity field (Eq. 19-28).
-
-        :param observations: Batch of observations
-        :param features: The actor's features of them, shape (B, S)
-        :param actions: Samples of the policy, shape (B, K, d)
-        :param log_prob: Their log-probabilities, shape (B, K)
-        :param draws: The step's randomness
-        :param ent_coef: Temperature
-        :return: Loss; quantities to log
-        """
-        t, r, noise = draws.actor
-        # Sample: a point on the path from the first action
-        noisy_actions = paths.interpolate(actions[:, 0], noise, *linear_path(t))
-        # Weight: the Boltzmann policy's velocity there
-        velocity, metrics = self._boltzmann_velocity(
-            observations, actions, log_prob, noisy_actions, t, draws.uniform, ent_coef
-        )
-        # Target: the MeanFlow identity
-        average, jvp = self.actor.linearize(features, noisy_actions, t, t - r)
-        derivative = self._total_derivative(jvp, velocity, self.policy.actor_type)
-        target = mean_flow.mean_flow_target(velocity, t - r, derivative)
-        # Loss
-        return F.mse_loss(average, target), metrics
 
     @th.no_grad()
     def _boltzmann_velocity(
@@ -382,7 +344,7 @@ class MFPO(FlowAlgorithm):
         t: th.Tensor,
         uniform: th.Tensor,
         ent_coef: th.Tensor,
-    ) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+    ) -> tuple[th.Tensor, Metrics]:
         """
         Velocity field of exp(Q / alpha), by importance sampling from both proposals (Eq. 19-27).
 
@@ -397,75 +359,29 @@ class MFPO(FlowAlgorithm):
         """
         policy_actions, policy_log_prob = actions[:, : self.n_policy_samples], log_prob[:, : self.n_policy_samples]
         gaussian_actions = boltzmann.gaussian_proposal(noisy_actions, *linear_path(t), uniform)
+        # Values, of all proposals in one pass
         features = self.critic.encode(observations).unsqueeze(1)
         q_values = reduce_values(
             self.critic.q_values(features, th.cat([policy_actions, gaussian_actions], dim=1)), self.critic_reduction
         )
         policy_q, gaussian_q = q_values.split([policy_actions.shape[1], gaussian_actions.shape[1]], dim=1)
-
+        # Weights, of each proposal by itself
         proposals = {}
         if self.n_policy_samples > 0:
             log_weights = boltzmann.policy_log_weights(policy_q, policy_log_prob, policy_actions, noisy_actions, t, ent_coef)
             proposals["policy"] = (log_weights, policy_actions)
         if self.n_gaussian_samples > 0:
-            proposals["gaussian"] = (boltzmann.gaussian_log_weights(gaussian_q, ent_coef), gaussian_actions)
+            proposals["gaussian"] = (gaussian_q / ent_coef, gaussian_actions)
+        # Self-normalised estimates of E[a_0 | a_t], and their mean by effective sample size
         estimates = {
-            name: boltzmann.snis_velocity(log_weights.softmax(dim=1), samples, noisy_actions, t)
+            name: boltzmann.snis_mean(log_weights.softmax(dim=1), samples)
             for name, (log_weights, samples) in proposals.items()
         }
-        velocities, sample_sizes = zip(*estimates.values(), strict=True)
-        velocity, shares = boltzmann.combine_by_sample_size(velocities, sample_sizes)
+        mean_action, shares = boltzmann.combine_by_sample_size(*zip(*estimates.values(), strict=True))
         metrics = {f"ess_{name}": size.mean() for name, (_, size) in estimates.items()}
         if "policy" in proposals:
             metrics["policy_proposal_weight"] = shares[0].mean()
-        return velocity, metrics
-
-    def _update_divergence(
-        self, observations: PyTorchObs, actions: th.Tensor, draws: GradientStepDraws
-    ) -> dict[str, th.Tensor]:
-        if not isinstance(self.divergence, AverageDivergenceNetwork):
-            return {}
-        loss = self._runner.compiled(self._divergence_loss)(observations, actions, draws.divergence, draws.probes)
-        self._optimize("divergence_loss", loss, self.divergence.optimizer)
-        return {"divergence_loss": loss.detach()}
-
-    def _divergence_loss(self, observations: PyTorchObs, actions: th.Tensor, draws: FlowDraws, probes: th.Tensor) -> th.Tensor:
-        """
-        Regression of the average divergence on the divergence of the actor's velocity field (Eq. 12-18).
-
-        :param observations: Batch of observations
-        :param actions: Samples of the policy, shape (B, d)
-        :param draws: Times and noise
-        :param probes: Of Hutchinson's estimate, shape (N, B, d)
-        :return: Loss
-        """
-        assert isinstance(self.divergence, AverageDivergenceNetwork)
-        t, r, noise = draws
-        # Sample: a point on the path from an action of the policy
-        noisy_actions = paths.interpolate(actions, noise, *linear_path(t))
-        # Target: the MeanFlow identity around Hutchinson's estimate
-        with th.no_grad():
-            features = self.actor.encode(observations)
-            velocity, jacobian_product = self.actor.linearize_velocity(features, noisy_actions, t)
-            divergence = hutchinson_divergence(probes, jacobian_product(probes))
-        average, jvp = self.divergence.linearize(features, noisy_actions, t, t - r)
-        derivative = self._total_derivative(jvp, velocity, self.policy.divergence_type)
-        target = mean_flow.mean_flow_target(divergence, t - r, derivative)
-        # Loss
-        return F.mse_loss(average, target)
-
-    def _update_temperature(self, entropy: th.Tensor) -> dict[str, th.Tensor]:
-        """
-        Raise a learned temperature when the entropy is below its target, else lower it (Eq. 30).
-
-        :param entropy: Entropy of the policy in nats, a scalar
-        :return: Quantities to log
-        """
-        if self.ent_coef_optimizer is None or self.log_ent_coef is None:
-            return {"entropy": entropy}
-        loss = (self.log_ent_coef.exp() * (entropy - float(self.target_entropy))).mean()
-        self._optimize("ent_coef_loss", loss, self.ent_coef_optimizer)
-        return {"entropy": entropy, "ent_coef_loss": loss.detach()}
+        return linear_velocity(noisy_actions, mean_action, t), metrics
 
     def learn(
         self: SelfMFPO,

@@ -290,3 +290,6 @@ def embed_grid(network: nn.Module, times: th.Tensor) -> tuple[th.Tensor, ...]:
     """
     embed: Any = network.embed
     return embed(times[:-1, None], (times[:-1] - times[1:])[:, None]).split(1)
+
+
+MeanFlowMLP = FlowMLP

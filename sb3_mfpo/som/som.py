@@ -16,11 +16,12 @@ from sb3_mfpo.maths import boltzmann, mean_flow, paths
 from sb3_mfpo.maths.categorical import reduce_values
 from sb3_mfpo.nets.layers import in_chunks
 from sb3_mfpo.som.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SOMPolicy
-from sb3_mfpo.training.actor_critic import FlowAlgorithm, FlowDraws
+from sb3_mfpo.training.actor_critic import Metrics
+from sb3_mfpo.training.mean_flow import MeanFlowAlgorithm, MeanFlowDraws
 
 SelfSOM = TypeVar("SelfSOM", bound="SOM")
 
-# The path's mu_t and sigma_t, and the velocity of its probability flow
+# The path's mu_t and sigma_t, and the velocity of its flow from the posterior mean
 PATHS = {
     "linear": (paths.linear_path, paths.linear_velocity),
     "vp": (paths.variance_preserving_path, paths.variance_preserving_velocity),
@@ -41,10 +42,10 @@ class GradientStepDraws(NamedTuple):
     next_noise: th.Tensor
     policy_noise: th.Tensor
     proposals: th.Tensor
-    flow: FlowDraws
+    actor: MeanFlowDraws
 
 
-class SOM(FlowAlgorithm):
+class SOM(MeanFlowAlgorithm):
     """
     Score-based One-step MeanFlow policy optimization (SOM)
 
@@ -106,10 +107,8 @@ class SOM(FlowAlgorithm):
     :param time_mean: Mean of the normal distribution inside the logit-normal distribution of times
     :param time_std: Its standard deviation
     :param critic_reduction: "min" or "mean" over the critics, in targets, score estimates and choice of action
-    :param compile_step: Whether to compile the gradient step with ``torch.compile`` and, on a CUDA device, to capture it into
-        CUDA graphs. The first steps then take minutes; the results are the same up to rounding.
-    :param onednn_matmul: Whether oneDNN multiplies matrices in the gradient step on a CPU; faster on AMD processors. Has no
-        effect, and warns, where the products would be rounded to bfloat16.
+    :param compile_step: Whether to compile the gradient step with ``torch.compile``, which on a CUDA device also captures its
+        parts into CUDA graphs. The first steps then take minutes; the results are the same up to rounding.
     :param allow_non_finite_observations: Whether observations may hold NaN or infinite numbers, which the features extractor
         must then replace; by default they stop the training. Rewards and actions must be finite in any case.
     :raises ValueError: If an argument is out of range; the message names it
@@ -163,7 +162,6 @@ class SOM(FlowAlgorithm):
         time_std: float = 1.0,
         critic_reduction: str = "min",
         compile_step: bool = False,
-        onednn_matmul: bool = False,
         allow_non_finite_observations: bool = False,
     ):
         super().__init__(
@@ -195,7 +193,6 @@ class SOM(FlowAlgorithm):
             critic_reduction=critic_reduction,
             policy_delay=policy_delay,
             compile_step=compile_step,
-            onednn_matmul=onednn_matmul,
             allow_non_finite_observations=allow_non_finite_observations,
         )
         self.inverse_temperature = inverse_temperature
@@ -222,10 +219,6 @@ class SOM(FlowAlgorithm):
         for name in ("normalize_q", "adaptive_loss"):
             check_choice(name, getattr(self, name), (True, False))
 
-    def _settings(self) -> tuple[Any, ...]:
-        estimate = (self.inverse_temperature, self.normalize_q, self.n_samples, self.score_estimator, self.score_norm)
-        return (*super()._settings(), *estimate, self.path, self.adaptive_loss, self.time_distribution)
-
     def _draw(self, batch_size: int) -> GradientStepDraws:
         d = get_action_dim(self.action_space)
         draw_proposals = th.rand if self.score_estimator == "posterior_mean" else th.randn
@@ -233,7 +226,7 @@ class SOM(FlowAlgorithm):
             next_noise=self._normal(batch_size, d),
             policy_noise=self._normal(batch_size, d),
             proposals=draw_proposals(batch_size, self.n_samples, d, device=self.device),
-            flow=self._draw_flow(batch_size, self.policy.actor_type),
+            actor=self._draw_regression(batch_size, self.policy.actor_type),
         )
 
     def _draw_times(self, batch_size: int, n_equal: int) -> tuple[th.Tensor, th.Tensor]:
@@ -247,76 +240,65 @@ class SOM(FlowAlgorithm):
         draws: GradientStepDraws,
         update_target: bool = True,
         improve_policy: bool = True,
-    ) -> dict[str, th.Tensor]:
-        metrics = self._update_critic(batch, draws.next_noise)
+    ) -> Metrics:
+        """
+        One gradient step.
+
+        :param batch: Sample of a replay buffer
+        :param draws: The step's randomness
+        :param update_target: Whether the target critics follow
+        :param improve_policy: Whether to update the actor
+        :return: Quantities to log by name, scalars without gradient
+        """
+        # Critics: regression on the Bellman target of the policy as it is. SOM does not follow the entropy: no bonus on it.
+        with th.no_grad():
+            next_actions = self.policy.act(self.actor.encode(batch.next_observations), draws.next_noise)
+        critic_loss, metrics = self._td_loss(batch, next_actions, entropy_bonus=next_actions.new_zeros(()))
+        metrics["critic_loss"] = self._descend("critic_loss", critic_loss, self.critic.optimizer)
         if update_target:
             self._update_target()
-        if improve_policy:
-            metrics |= self._update_actor(batch.observations, draws)
-        return metrics
+        if not improve_policy:
+            return metrics
 
-    def _next_actions(self, observations: PyTorchObs, noise: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        """
-        Values of the policy as it is: no bonus on the entropy, which SOM does not follow.
-
-        :param observations: Batch of next observations
-        :param noise: Starts the next actions, shape (B, d)
-        :return: Samples of the policy, shape (B, d); 0
-        """
-        return self.policy.act(self.actor.encode(observations), noise), noise.new_zeros(())
-
-    def _update_actor(self, observations: PyTorchObs, draws: GradientStepDraws) -> dict[str, th.Tensor]:
-        loss, metrics = self._runner.compiled(self._actor_loss)(observations, draws)
-        self._optimize("actor_loss", loss, self.actor.optimizer)
-        return {"actor_loss": loss.detach()} | metrics
-
-    def _actor_loss(self, observations: PyTorchObs, draws: GradientStepDraws) -> tuple[th.Tensor, dict[str, th.Tensor]]:
-        """
-        Regression of the average velocity on the velocity of the Boltzmann policy's probability flow.
-
-        :param observations: Batch of observations
-        :param draws: The step's randomness
-        :return: Loss; quantities to log
-        """
-        t, r, noise = draws.flow
+        # A point on the path from an action of the policy
+        t = draws.actor.t
         path, velocity_of = PATHS[self.path]
         mu, sigma = path(t)
-        features = self.actor.encode(observations)
-        # Sample: a point on the path from an action of the policy
+        features = self.actor.encode(batch.observations)
         with th.no_grad():
             actions = self.policy.act(features, draws.policy_noise)
-        noisy_actions = paths.interpolate(actions, noise, mu, sigma)
-        # Target: the MeanFlow identity around the velocity that the score there gives
-        scores, metrics = self._boltzmann_score(observations, noisy_actions, mu, sigma, draws.proposals)
-        if self.score_norm is not None:
-            scores = boltzmann.with_length(scores, self.score_norm)
-        velocity = velocity_of(noisy_actions, scores, t)
-        average, jvp = self.actor.linearize(features, noisy_actions, t, t - r)
-        derivative = self._total_derivative(jvp, velocity, self.policy.actor_type)
-        errors = average - mean_flow.mean_flow_target(velocity, t - r, derivative)
-        # Loss
-        if self.adaptive_loss:
-            return (mean_flow.adaptive_weights(errors) * errors.square()).mean(), metrics
-        return errors.square().mean(), metrics
+        noisy_actions = paths.interpolate(actions, draws.actor.noise, mu, sigma)
+
+        # Velocity field of the Boltzmann policy there
+        mean_action, sample_size = self._posterior_mean(batch.observations, noisy_actions, mu, sigma, draws.proposals)
+        velocity = velocity_of(noisy_actions, mean_action, t)
+        metrics["ess_gaussian"] = sample_size
+
+        # Actor: mean-flow regression on this velocity
+        errors = self._regression_errors(self.actor, features, noisy_actions, draws.actor, velocity, velocity)
+        squares = errors.square()
+        loss = (mean_flow.adaptive_weights(errors) * squares).mean() if self.adaptive_loss else squares.mean()
+        metrics["actor_loss"] = self._descend("actor_loss", loss, self.actor.optimizer)
+        return metrics
 
     @th.no_grad()
-    def _boltzmann_score(
+    def _posterior_mean(
         self,
         observations: PyTorchObs,
         noisy_actions: th.Tensor,
         mu: th.Tensor,
         sigma: th.Tensor,
         proposals: th.Tensor,
-    ) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+    ) -> tuple[th.Tensor, th.Tensor]:
         """
-        Score of the noisy actions of exp(inverse temperature * Q).
+        Mean E[a_0 | a_t] of the actions of exp(inverse temperature * Q) that lead to the noisy ones.
 
         :param observations: Batch of observations
         :param noisy_actions: a_t, shape (B, d)
         :param mu: mu_t, shape (B, 1)
         :param sigma: sigma_t, shape (B, 1)
         :param proposals: Draws behind the proposed actions, shape (B, K, d)
-        :return: Score, shape (B, d); quantities to log
+        :return: Mean action, shape (B, d); mean effective sample size, a scalar
         """
         features = self.critic.encode(observations).unsqueeze(1)
         if self.score_estimator == "posterior_mean":
@@ -325,15 +307,19 @@ class SOM(FlowAlgorithm):
         else:
             actions = paths.actions_from_noise(noisy_actions.unsqueeze(1), proposals, mu.unsqueeze(1), sigma.unsqueeze(1))
             q_values, gradients = in_chunks(self._values_and_gradients, features, actions)
-        scale = boltzmann.spread(q_values) if self.normalize_q else q_values.new_ones(())
+        temperature = (boltzmann.spread(q_values) if self.normalize_q else 1.0) / self.inverse_temperature
         # The best value of each state is subtracted, which leaves the weights as they are, and equal values without rounding
-        advantages = q_values - q_values.amax(dim=1, keepdim=True)
-        weights = boltzmann.gaussian_log_weights(advantages, scale / self.inverse_temperature).softmax(dim=1)
+        weights = ((q_values - q_values.amax(dim=1, keepdim=True)) / temperature).softmax(dim=1)
         mean_action, sample_size = boltzmann.snis_mean(weights, actions)
-        metrics = {"ess_gaussian": sample_size.mean()}
-        if self.score_estimator == "posterior_mean":
-            return boltzmann.score_from_mean_action(mean_action, noisy_actions, mu, sigma), metrics
-        return boltzmann.score_from_gradients(weights, gradients * self.inverse_temperature / scale, mu), metrics
+        if self.score_estimator == "gradient":
+            score = boltzmann.score_from_gradients(weights, gradients / temperature, mu)
+        elif self.score_norm is not None:
+            score = boltzmann.score_from_mean_action(mean_action, noisy_actions, mu, sigma)
+        else:
+            return mean_action, sample_size.mean()
+        if self.score_norm is not None:
+            score = boltzmann.with_length(score, self.score_norm)
+        return boltzmann.mean_action_from_score(score, noisy_actions, mu, sigma), sample_size.mean()
 
     def _values(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
         """

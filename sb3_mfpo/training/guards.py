@@ -8,6 +8,7 @@ from multiprocessing import connection
 from typing import Any
 
 import numpy as np
+from gymnasium import spaces
 from numpy.typing import DTypeLike
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
@@ -60,6 +61,39 @@ def check_finite(
             "stored and the networks were not updated: saving the model now gives a clean checkpoint. Correct the "
             f"environment{way_out}. `stable_baselines3.common.vec_env.VecCheckNan` helps to find the cause."
         )
+
+
+def check_observation(
+    what: str,
+    rows: Any,
+    space: spaces.Space,
+    num_timesteps: int,
+    first_env: int = 0,
+    may_be_non_finite: bool = False,
+) -> None:
+    """
+    Check what will be stored of observations: the entries that the observation space has, as its types.
+
+    :param what: What they are, for the message
+    :param rows: One per environment, or a dictionary of such
+    :param space: Observation space
+    :param num_timesteps: Environment steps so far, for the message
+    :param first_env: Index of the environment that the first row comes from
+    :param may_be_non_finite: Whether NaN and infinite numbers are meant
+    :raises ValueError: If a number is NaN or infinite, or an entry is missing or not of its type
+    """
+    parts = {what: (rows, space)}
+    if isinstance(space, spaces.Dict):
+        for key in space:
+            if key not in rows:
+                raise ValueError(
+                    f"Environment {first_env} returned no {key!r} in its {what} at step {num_timesteps}, but only "
+                    f"{', '.join(map(repr, rows))}. The observation space has it."
+                )
+        parts = {f"{what} {key!r}": (rows[key], part) for key, part in space.items()}
+    way_out = ", or set `allow_non_finite_observations=True` if the features extractor replaces such numbers"
+    for name, (values, part) in parts.items():
+        check_finite(name, values, part.dtype, num_timesteps, first_env, may_be_non_finite, way_out)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from sb3_mfpo.checks import check_integer, check_range
 from sb3_mfpo.nets.critics import CategoricalCritic
 from sb3_mfpo.nets.layers import MultiInputMLP
-from sb3_mfpo.training.actor_critic import FlowAlgorithm
+from sb3_mfpo.training.mean_flow import MeanFlowAlgorithm
 
 
 class HealthCallback(BaseCallback):
@@ -59,7 +59,7 @@ class HealthCallback(BaseCallback):
         self.max_bias = max_bias
 
     def _init_callback(self) -> None:
-        if not isinstance(self.model, FlowAlgorithm):
+        if not isinstance(self.model, MeanFlowAlgorithm):
             raise ValueError(
                 f"`HealthCallback` looks into the networks of MFPO or SOM, which {type(self.model).__name__} does not have. "
                 "Remove the callback."

@@ -503,3 +503,6 @@ def _set_mode(network: nn.Module, mode: bool) -> None:
                 return
             if module._modules:
                 modules += module._modules.values()
+
+
+GenerativePolicy = MeanFlowPolicy = FlowPolicy

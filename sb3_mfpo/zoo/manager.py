@@ -18,9 +18,9 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_mfpo import MFPO, SOM, RunCheckpointCallback
 from sb3_mfpo.envs import NoRendererError, choose_renderer, renders_offscreen
 from sb3_mfpo.runs.checkpoint import is_run
-from sb3_mfpo.training.actor_critic import FlowAlgorithm
+from sb3_mfpo.training.mean_flow import MeanFlowAlgorithm
 
-ALGORITHMS: dict[str, type[FlowAlgorithm]] = {"mfpo": MFPO, "som": SOM}
+ALGORITHMS: dict[str, type[MeanFlowAlgorithm]] = {"mfpo": MFPO, "som": SOM}
 Original = exp_manager.ExperimentManager
 original_create_test_env = utils.create_test_env
 

@@ -12,7 +12,7 @@ from rl_zoo3 import exp_manager, hyperparams_opt, utils
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from sb3_mfpo.envs import is_of_shimmy, ready_spec
-from sb3_mfpo.training.actor_critic import FlowAlgorithm
+from sb3_mfpo.training.mean_flow import MeanFlowAlgorithm
 from sb3_mfpo.zoo import manager, search_space
 from sb3_mfpo.zoo.manager import ALGORITHMS
 
@@ -60,7 +60,7 @@ def _mend_push_to_hub() -> None:
         push_to_hub.generate_metadata = lambda *args: push_to_hub._generate_metadata(*args).to_dict()
 
 
-def _without_memory(algorithm: type[FlowAlgorithm]) -> type[FlowAlgorithm]:
+def _without_memory(algorithm: type[MeanFlowAlgorithm]) -> type[MeanFlowAlgorithm]:
     class WithoutMemory(algorithm):  # type: ignore[misc,valid-type]
         @classmethod
         def load(cls, *args: Any, **kwargs: Any) -> BaseAlgorithm:

@@ -1,0 +1,130 @@
+"""An off-policy algorithm whose runs can be saved and resumed."""
+
+from __future__ import annotations
+
+import copy
+import uuid
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.base_class import maybe_make_env
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn
+
+from sb3_mfpo.runs.callback import RunSaver
+from sb3_mfpo.runs.checkpoint import read_newest_run
+from sb3_mfpo.runs.state import restore_buffer, restore_run
+
+SelfResumable = TypeVar("SelfResumable", bound="ResumableAlgorithm")
+
+
+class ResumableAlgorithm(OffPolicyAlgorithm):
+    """
+    Off-policy algorithm that :class:`sb3_mfpo.RunCheckpointCallback` saves between rollouts, and that ``resume`` goes on with.
+
+    :param args: Those of SB3's ``OffPolicyAlgorithm``
+    :param kwargs: Those of SB3's ``OffPolicyAlgorithm``
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        # Which environments have just begun an episode, after so many steps
+        self._episode_starts = np.ones(1, dtype=bool)
+        self._stored_timesteps = 0
+        # Which run this is, for its checkpoints; what saves it while it trains
+        self._run_id = ""
+        self._saver: RunSaver | None = None
+        # What is left to restore when the training of a resumed run begins
+        self._run_state: dict[str, Any] | None = None
+
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        state, self._run_state = self._run_state, None
+        action_noise = self.action_noise
+        if state is not None:
+            # A training begins by resetting it
+            action_noise = copy.deepcopy(action_noise)
+            # The number of steps is that of the whole run, as in the call that was interrupted
+            total_timesteps, reset_num_timesteps = total_timesteps - self.num_timesteps, False
+        elif reset_num_timesteps or not self._run_id:
+            self._run_id = uuid.uuid4().hex
+        if reset_num_timesteps or self._last_obs is None:
+            self._episode_starts = np.ones(self.n_envs, dtype=bool)
+        self._saver = RunSaver(self)
+        result, callback = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        self._stored_timesteps = self.num_timesteps
+        self._saver.begin(callback)
+        if state is not None:
+            self.action_noise = action_noise
+            restore_run(self, state, callback)
+        return result, callback
+
+    def learn(self: SelfResumable, *args: Any, **kwargs: Any) -> SelfResumable:
+        try:
+            super().learn(*args, **kwargs)
+            self._save_run_if_due(at_the_end=True)
+        except Exception:
+            # Processes of environments get Ctrl-C as well, and may end before the step is done
+            if self._saver is not None and self._saver.received is not None:
+                self._save_run_if_due()
+            raise
+        finally:
+            if self._saver is not None:
+                self._saver.release()
+            self._saver = None
+        return self
+
+    def _save_run_if_due(self, at_the_end: bool = False) -> None:
+        if self._saver is not None:
+            self._saver.save_if_due(at_the_end)
+
+    def collect_rollouts(self, *args: Any, **kwargs: Any) -> RolloutReturn:
+        self._save_run_if_due()
+        return super().collect_rollouts(*args, **kwargs)
+
+    def _store_transition(
+        self, replay_buffer: Any, buffer_action: Any, new_obs: Any, reward: Any, dones: Any, infos: Any
+    ) -> None:
+        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+        self._episode_starts, self._stored_timesteps = np.asarray(dones, dtype=bool), self.num_timesteps
+
+    @classmethod
+    def resume(
+        cls: type[SelfResumable],
+        path: str | Path,
+        env: GymEnv | str,
+        device: th.device | str = "auto",
+        name_prefix: str = "run",
+        **kwargs: Any,
+    ) -> SelfResumable:
+        """
+        Go on with a run from a checkpoint of :class:`sb3_mfpo.RunCheckpointCallback`. The next ``learn`` continues it: its
+        ``total_timesteps`` are those of the whole run, so that the call is the same as before.
+
+        :param path: A checkpoint (".zip" may be left out), or the folder of the checkpoints: the newest one that is whole. It
+            is unpickled, which can run code: resume only files that you trust.
+        :param env: The environment to go on with, wrapped as it was (if registered in Gym, can be str)
+        :param device: Device on which the code should run
+        :param name_prefix: The checkpoints' common prefix
+        :param kwargs: Arguments to change, see ``load``
+        :return: The model
+        :raises FileNotFoundError: If there is no checkpoint
+        :raises ValueError: If no checkpoint is whole, or the environments do not fit
+        """
+        path, state = read_newest_run(Path(path), name_prefix)
+        model = cls.load(path, env=maybe_make_env(env, verbose=0), device=device, **kwargs)
+        restore_buffer(model, state)
+        model._run_state, model._run_id = state, state["run_id"]
+        return model
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_run_state", "_saver"]

@@ -1,0 +1,109 @@
+"""What MFPO and SOM share beyond an actor-critic: times of a regression, its draws, and the regression itself."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch as th
+from stable_baselines3.common.preprocessing import get_action_dim
+
+from sb3_mfpo.checks import check_range
+from sb3_mfpo.maths.mean_flow import logit_normal_times, mean_flow_target
+from sb3_mfpo.nets.flow import MeanFlowActor, MeanFlowMLP
+from sb3_mfpo.training.actor_critic import ActorCriticAlgorithm
+from sb3_mfpo.training.policy import MeanFlowPolicy
+
+
+class MeanFlowDraws(NamedTuple):
+    """
+    Random draws of a regression on the flow.
+
+    ``t`` and ``r``: time pairs in (0, 1), shape (B, 1); ``n_equal``: number of leading rows with r = t; ``noise``: standard
+    normal, shape (B, d).
+    """
+
+    t: th.Tensor
+    r: th.Tensor
+    n_equal: int
+    noise: th.Tensor
+
+
+class MeanFlowAlgorithm(ActorCriticAlgorithm):
+    """
+    Off-policy actor-critic with a mean-flow policy.
+
+    :param args: Those of ``ActorCriticAlgorithm``
+    :param equal_time_share: Share in [0, 1] of a batch with r = t, that is of plain flow matching
+    :param time_mean: Mean of the normal distribution inside the logit-normal distribution of times
+    :param time_std: Its standard deviation
+    :param kwargs: Those of ``ActorCriticAlgorithm``
+    :raises ValueError: If an argument is out of range; the message names it
+    """
+
+    policy: MeanFlowPolicy
+
+    def __init__(self, *args: Any, equal_time_share: float, time_mean: float, time_std: float, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.equal_time_share = equal_time_share
+        self.time_mean = time_mean
+        self.time_std = time_std
+
+    @property
+    def actor(self) -> MeanFlowActor:
+        """The policy's actor."""
+        return self.policy.actor
+
+    def _check_arguments(self) -> None:
+        super()._check_arguments()
+        check_range("equal_time_share", self.equal_time_share, 0, 1)
+        check_range("time_mean", self.time_mean)
+        check_range("time_std", self.time_std, low=0)
+
+    def _normal(self, *shape: int) -> th.Tensor:
+        return th.randn(*shape, device=self.device)
+
+    def _draw_regression(self, batch_size: int, network_type: str) -> MeanFlowDraws:
+        """
+        :param batch_size: Minibatch size B
+        :param network_type: "mean_flow" or "flow_matching", of which the latter learns from r = t alone
+        :return: Draws of a regression on the flow
+        """
+        n_equal = batch_size if network_type == "flow_matching" else int(self.equal_time_share * batch_size)
+        t, r = self._draw_times(batch_size, n_equal)
+        return MeanFlowDraws(t, r, n_equal, self._normal(batch_size, get_action_dim(self.action_space)))
+
+    def _draw_times(self, batch_size: int, n_equal: int) -> tuple[th.Tensor, th.Tensor]:
+        """
+        :param batch_size: Minibatch size B
+        :param n_equal: Number of leading rows with r = t
+        :return: Logit-normal t and r in (0, 1), r <= t, each of shape (B, 1)
+        """
+        return logit_normal_times(self._normal(batch_size, 2), self.time_mean, self.time_std, n_equal)
+
+    @staticmethod
+    def _regression_errors(
+        network: MeanFlowActor | MeanFlowMLP,
+        features: th.Tensor,
+        noisy_actions: th.Tensor,
+        draws: MeanFlowDraws,
+        velocity: th.Tensor,
+        instantaneous: th.Tensor,
+    ) -> th.Tensor:
+        """
+        By how much a network's average over [r, t] misses the target of the MeanFlow identity (Eq. 28 for the velocity,
+        Eq. 12-18 for the divergence, of https://arxiv.org/abs/2604.14698).
+
+        :param network: The actor, or the divergence network
+        :param features: State features, shape (B, features_dim)
+        :param noisy_actions: a_t, shape (B, d)
+        :param draws: Times
+        :param velocity: Velocity at a_t, shape (B, d)
+        :param instantaneous: Value at t of what is averaged, shape (B, output_dim)
+        :return: Average minus target, shape (B, output_dim)
+        """
+        t, h = draws.t, draws.t - draws.r
+        average, jvp = network.linearize(features, noisy_actions, t, h)
+        # Rows with r = t need no derivative
+        rows = slice(draws.n_equal, None)
+        derivative = jvp(velocity[rows], th.ones_like(t[rows]), rows=rows)
+        return average - mean_flow_target(instantaneous, h, derivative)
