@@ -162,7 +162,8 @@ def test_a_policy_that_is_put_in_place_is_the_one_that_is_trained(algorithm: Alg
     expected.replay_buffer = model.replay_buffer
     if isinstance(model, MFPO):
         model.log_ent_coef.data.copy_(expected.log_ent_coef)
-        model.ent_coef_optimizer.load_state_dict(expected.ent_coef_optimizer.state_dict())
+        # PyTorch takes over what it loads without a copy
+        model.ent_coef_optimizer.load_state_dict(copy.deepcopy(expected.ent_coef_optimizer.state_dict()))
     for each in (model, expected):
         np.random.seed(0)
         th.manual_seed(0)
