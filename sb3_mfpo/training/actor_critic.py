@@ -42,7 +42,8 @@ from sb3_mfpo.runs.callback import RunSaver
 from sb3_mfpo.runs.checkpoint import read_newest_run
 from sb3_mfpo.runs.state import restore_buffer, restore_run
 from sb3_mfpo.training.guards import check_finite, naming_workers_that_ended
-from sb3_mfpo.training.policy import CRITIC_REDUCTIONS, FlowPolicy
+from sb3_mfpo.training.mean_flow_policy import MeanFlowPolicy
+from sb3_mfpo.training.policy import CRITIC_REDUCTIONS
 from sb3_mfpo.training.stepper import StepRunner, onednn_matmul, onednn_matmul_is_exact
 
 SelfFlowAlgorithm = TypeVar("SelfFlowAlgorithm", bound="FlowAlgorithm")
@@ -71,10 +72,10 @@ class FlowAlgorithm(OffPolicyAlgorithm):
     (``_next_actions``), and what a step consists of (``_update``).
     """
 
-    policy: FlowPolicy
+    policy: MeanFlowPolicy
 
     # What a custom policy must be derived from
-    policy_base: ClassVar[type[FlowPolicy]]
+    policy_base: ClassVar[type[MeanFlowPolicy]]
     # Share of the target's mass beyond the support from which a user should know
     MAX_CLIPPED_MASS = 0.01
     # Gradient steps after which what they recorded is brought to the CPU: seldom, but not only at the end of a million
@@ -84,7 +85,7 @@ class FlowAlgorithm(OffPolicyAlgorithm):
 
     def __init__(
         self,
-        policy: str | type[FlowPolicy],
+        policy: str | type[MeanFlowPolicy],
         env: GymEnv | str,
         learning_rate: float | Schedule,
         buffer_size: int,
@@ -607,7 +608,7 @@ class FlowAlgorithm(OffPolicyAlgorithm):
         """
         Derivative of an average over [r, t] along the flow, for the rows that have r < t.
 
-        :param jvp: Of the network, see ``FlowMLP.linearize``
+        :param jvp: Of the network, see ``MeanFlowMLP.linearize``
         :param velocity: Instantaneous velocity, shape (B, d)
         :param network_type: "mean_flow" or "flow_matching"
         :return: shape (B - n_equal, output_dim)
