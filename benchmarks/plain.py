@@ -21,7 +21,7 @@ from sb3_mfpo import MFPO
 from sb3_mfpo.maths import boltzmann, categorical
 from sb3_mfpo.maths.paths import linear_path
 from sb3_mfpo.mfpo.mfpo import GradientStepDraws
-from sb3_mfpo.nets.flow import FlowMLP
+from sb3_mfpo.nets.flow import MeanFlowMLP
 from sb3_mfpo.nets.layers import MultiInputMLP, TanhGELU
 
 
@@ -59,7 +59,7 @@ def embedding(time: th.Tensor, module: nn.Module) -> th.Tensor:
     return last(F.gelu(first(th.cat([angles.cos(), angles.sin()], dim=-1)), approximate="tanh"))
 
 
-def flow(network: FlowMLP, features: th.Tensor, actions: th.Tensor, t: th.Tensor, h: th.Tensor) -> th.Tensor:
+def flow(network: MeanFlowMLP, features: th.Tensor, actions: th.Tensor, t: th.Tensor, h: th.Tensor) -> th.Tensor:
     """Average over an interval: every action has its own embedding."""
     t, h = (value.expand(*actions.shape[:-1], 1) for value in (t, h))
     return mlp(network.mlp, actions, features, embedding(t, network.time_embedding) + embedding(h, network.length_embedding))
@@ -68,7 +68,7 @@ def flow(network: FlowMLP, features: th.Tensor, actions: th.Tensor, t: th.Tensor
 def sample(model: MFPO, features: th.Tensor, noise: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
     """Actions and log-probabilities."""
     divergence: Any = model.divergence
-    times, actions = model.policy.sampling_times, noise
+    times, actions = model.policy.actor.sampling_times, noise
     log_prob = th.distributions.Normal(0.0, 1.0).log_prob(noise).sum(-1)
     for t, r in zip(times[:-1, None], times[1:, None], strict=True):
         velocity = flow(model.actor.network, features, actions, t, t - r)

@@ -30,7 +30,7 @@ from sb3_mfpo.maths.divergence import exact_divergence, hutchinson_divergence
 from sb3_mfpo.maths.paths import linear_path
 from sb3_mfpo.mfpo import mfpo as mfpo_module
 from sb3_mfpo.mfpo.mfpo import GradientStepDraws, MeanFlowDraws
-from sb3_mfpo.nets.flow import FlowMLP, embed_grid
+from sb3_mfpo.nets.flow import MeanFlowMLP, embed_grid
 from sb3_mfpo.nets.layers import MultiInputMLP
 from tests.helpers import RandomEnv
 
@@ -62,18 +62,18 @@ def meta(name: str) -> Any:
 def flax_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters of one of our networks under the names that the golden file uses."""
     named = {}
-    mlp = module.mlp if isinstance(module, FlowMLP) else module
+    mlp = module.mlp if isinstance(module, MeanFlowMLP) else module
     assert isinstance(mlp, MultiInputMLP)
     layers = [mlp.input_layer, *mlp.body]
     dense = [layer for layer in layers if isinstance(layer, nn.Linear)]
     norms = [layer for layer in layers if isinstance(layer, nn.LayerNorm)]
     for i, layer in enumerate(dense):
         # The output layer of a critic has a name of its own
-        prefix = "head" if i == len(dense) - 1 and not isinstance(module, FlowMLP) else f"mlp/dense{i}"
+        prefix = "head" if i == len(dense) - 1 and not isinstance(module, MeanFlowMLP) else f"mlp/dense{i}"
         named |= {f"{prefix}/kernel": layer.weight, f"{prefix}/bias": layer.bias}
     for i, norm in enumerate(norms):
         named |= {f"mlp/layernorm{i}/scale": norm.weight, f"mlp/layernorm{i}/bias": norm.bias}
-    if isinstance(module, FlowMLP):
+    if isinstance(module, MeanFlowMLP):
         for name, embedding in {"t_embedder": module.time_embedding, "h_embedder": module.length_embedding}.items():
             named[f"{name}/fourier_kernel"] = embedding.frequencies
             for i, layer in enumerate(layer for layer in embedding.mlp if isinstance(layer, nn.Linear)):
@@ -192,7 +192,7 @@ def forward_passes(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
         out[f"fwd/actor/fourier_{kind}"] = embedding.fourier_features(g[f"fwd/{kind}"])
         out[f"fwd/actor/embed_{kind}"] = embedding(g[f"fwd/{kind}"])
     features = model.actor.encode(g["fwd/obs"])
-    for name, network in {"actor/u": model.actor, "adn/out": model.divergence}.items():
+    for name, network in {"actor/u": actor, "adn/out": model.divergence}.items():
         out[f"fwd/{name}"] = network(features, g["fwd/act"], network.embed(g["fwd/t"], g["fwd/h"]))
     for prefix, critic in {"critic": model.critic, "target_critic": model.critic_target}.items():
         features = critic.encode(g["fwd/obs"])
@@ -212,9 +212,11 @@ def sampling(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
     out = {"sample/noise_logp": mean_flow.standard_normal_log_prob(noise)}
     for steps in {int(name.split("/")[1][1:]) for name in g if re.match(r"sample/T\d+/", name)}:
         policy.sampling_steps = steps
-        intervals = embed_grid(policy.actor, policy.sampling_times)
+        intervals = embed_grid(policy.actor.network, policy.actor.sampling_times)
         before_clip, _ = mean_flow.few_step_sample(
-            lambda actions, k, intervals=intervals: policy.actor(features, actions, intervals[k]), noise, policy.sampling_times
+            lambda actions, k, intervals=intervals: policy.actor.network(features, actions, intervals[k]),
+            noise,
+            policy.actor.sampling_times,
         )
         out[f"sample/T{steps}/action_preclip"] = before_clip
         out[f"sample/T{steps}/action"], out[f"sample/T{steps}/logp"] = policy.sample(features, noise)
@@ -367,7 +369,7 @@ def actor_loss(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
     model, out = golden_model(), {}
     features = model.actor.encode(g["batch/obs"])
     with th.no_grad():
-        out["meanflow/u_pred"] = model.actor(features, noisy, model.actor.embed(t, t - r))
+        out["meanflow/u_pred"] = model.actor.network(features, noisy, model.actor.network.embed(t, t - r))
     velocity = g["snis/cdq/velocity"]
     _, jvp = model.actor.linearize(features, noisy, t, t - r)
     out["meanflow/du_dt"] = jvp(velocity, th.ones_like(t))

@@ -64,9 +64,9 @@ def test_log_probability_integrates_to_one_with_exact_divergence() -> None:
     noise = th.randn(n, 2, generator=th.Generator().manual_seed(0))
     features = policy.actor.encode(th.zeros(1, 3))
     with th.no_grad():
-        networks = (policy.actor, policy.divergence)
-        velocity, divergence = (at_state(network, features, policy.sampling_times) for network in networks)
-        actions, log_prob = few_step_sample(velocity, noise, policy.sampling_times, divergence)
+        networks = (policy.actor.network, policy.divergence)
+        velocity, divergence = (at_state(network, features, policy.actor.sampling_times) for network in networks)
+        actions, log_prob = few_step_sample(velocity, noise, policy.actor.sampling_times, divergence)
     reference = th.distributions.Normal(0.0, 0.5).log_prob(actions).sum(-1)
     ratio = (reference - log_prob).exp()
     assert abs(ratio.mean().item() - 1) < 4 * (ratio.std() / n**0.5).item() + 0.01
@@ -75,7 +75,7 @@ def test_log_probability_integrates_to_one_with_exact_divergence() -> None:
 def test_flow_matching_ignores_the_interval() -> None:
     model = make_model(MFPO, policy_kwargs=dict(actor_type="flow_matching"))
     t = th.rand(4, 1)
-    assert th.equal(model.actor.embed(t, t), model.actor.embed(t, 0 * t))
+    assert th.equal(model.actor.network.embed(t, t), model.actor.network.embed(t, 0 * t))
     draws = model._draw(8)
     assert (draws.actor.t == draws.actor.r).all()
     assert (draws.divergence.t[6:] > draws.divergence.r[6:]).all()
@@ -87,8 +87,8 @@ def test_without_divergence_network_nothing_of_it_is_trained() -> None:
     assert "divergence.optimizer" not in model.get_parameters()
     # d = 2: the exact trace by automatic differentiation of the velocity itself
     features, point, t = th.randn(1, 3), th.randn(1, 2), th.full((1, 1), 0.6)
-    interval = model.actor.embed(t, th.zeros_like(t))
-    jacobian = th.autograd.functional.jacobian(lambda a: model.actor(features, a, interval)[0], point)[:, 0]
+    interval = model.actor.network.embed(t, th.zeros_like(t))
+    jacobian = th.autograd.functional.jacobian(lambda a: model.actor.network(features, a, interval)[0], point)[:, 0]
     assert th.allclose(model.divergence(features, point, t).squeeze(), jacobian.trace(), atol=1e-5)
 
 

@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, prune
 
 from sb3_mfpo.nets import layers
-from sb3_mfpo.nets.flow import FlowMLP, TimeEmbedding, embed_grid
+from sb3_mfpo.nets.flow import MeanFlowMLP, TimeEmbedding, embed_grid
 from sb3_mfpo.nets.layers import MultiInputMLP, TanhGELU, in_chunks
 
 
@@ -61,7 +61,7 @@ def test_chunks_are_not_cut_where_a_gradient_is_needed() -> None:
     assert th.allclose(points.grad, 2 * points)
 
 
-def plain_call(network: FlowMLP, features: th.Tensor, actions: th.Tensor, t: th.Tensor, length: th.Tensor) -> th.Tensor:
+def plain_call(network: MeanFlowMLP, features: th.Tensor, actions: th.Tensor, t: th.Tensor, length: th.Tensor) -> th.Tensor:
     return network(features, actions, network.embed(t, length))
 
 
@@ -76,7 +76,7 @@ def test_tangents_are_those_of_forward_mode(
 ) -> None:
     """Along the flow for the last rows, and for several vectors per point; double precision."""
     th.manual_seed(0)
-    network = FlowMLP(4, 3, 2, [16, 12], activation_fn, layer_norm, 8, 6, instantaneous).double()
+    network = MeanFlowMLP(4, 3, 2, [16, 12], activation_fn, layer_norm, 8, 6, instantaneous).double()
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.5)
     features, actions, t = th.randn(9, 4).double(), th.randn(9, 3).double(), th.rand(9, 1).double()
@@ -99,22 +99,22 @@ def test_tangents_are_those_of_forward_mode(
         assert th.allclose(product, expected, atol=1e-12)
 
 
-def double_output(network: FlowMLP, name: str) -> None:
+def double_output(network: MeanFlowMLP, name: str) -> None:
     network.get_submodule(name).register_forward_hook(lambda module, inputs, output: 2 * output)
 
 
-def prune_first_layer(network: FlowMLP) -> None:
+def prune_first_layer(network: MeanFlowMLP) -> None:
     prune.l1_unstructured(network.mlp.input_layer, "weight", 0.5)
 
 
-def replace_forward(network: FlowMLP) -> None:
+def replace_forward(network: MeanFlowMLP) -> None:
     def tripled(*inputs: th.Tensor) -> th.Tensor:
         return 3 * MultiInputMLP.forward(network.mlp, *inputs)
 
     network.mlp.forward = tripled
 
 
-def own_layer(network: FlowMLP) -> None:
+def own_layer(network: MeanFlowMLP) -> None:
     class Doubled(nn.Linear):
         def forward(self, x: th.Tensor) -> th.Tensor:
             return 2 * super().forward(x)
@@ -122,7 +122,7 @@ def own_layer(network: FlowMLP) -> None:
     network.mlp.body[1] = Doubled(16, 12).double()
 
 
-CHANGES: dict[str, Callable[[FlowMLP], Any]] = {
+CHANGES: dict[str, Callable[[MeanFlowMLP], Any]] = {
     **{
         f"hook on {name or 'network'}": partial(double_output, name=name)
         for name in (
@@ -154,7 +154,7 @@ def test_tangents_of_a_changed_network_are_those_of_its_calls(change: str) -> No
     networks = []
     for _ in range(2):
         th.manual_seed(0)
-        networks.append(FlowMLP(4, 3, 2, [16, 12], TanhGELU, False, 8, 6, instantaneous=False).double())
+        networks.append(MeanFlowMLP(4, 3, 2, [16, 12], TanhGELU, False, 8, 6, instantaneous=False).double())
         CHANGES[change](networks[-1])
     # Norms are iterated in a call
     network, twin = networks
@@ -174,7 +174,7 @@ def test_tangents_of_a_changed_network_are_those_of_its_calls(change: str) -> No
 
 @pytest.mark.parametrize("activation_fn", [nn.RReLU, lambda: nn.Dropout(0.5)], ids=["RReLU", "Dropout"])
 def test_tangents_share_the_random_numbers_of_the_output(activation_fn: Callable[[], nn.Module]) -> None:
-    network = FlowMLP(4, 3, 2, [16, 12], activation_fn, True, 8, 6, instantaneous=False).double()
+    network = MeanFlowMLP(4, 3, 2, [16, 12], activation_fn, True, 8, 6, instantaneous=False).double()
     inputs = [th.randn(9, 4).double(), th.randn(9, 3).double(), th.rand(9, 1).double(), th.rand(9, 1).double()]
     output, jvp = network.linearize(*inputs)
     vector, one, small = th.randn(9, 3).double(), th.ones(9, 1).double(), 1e-6
@@ -191,7 +191,7 @@ def test_tangents_share_the_random_numbers_of_the_output(activation_fn: Callable
 
 
 def test_global_hooks_see_every_module_of_a_network() -> None:
-    network = FlowMLP(4, 3, 2, [16, 12], TanhGELU, True, 8, 6, instantaneous=False)
+    network = MeanFlowMLP(4, 3, 2, [16, 12], TanhGELU, True, 8, 6, instantaneous=False)
     inputs = th.randn(9, 4), th.randn(9, 3), th.rand(9, 1), th.rand(9, 1)
     seen = []
     handle = register_module_forward_hook(lambda module, *args: seen.append(module))
@@ -203,7 +203,7 @@ def test_global_hooks_see_every_module_of_a_network() -> None:
 def test_the_linearised_output_has_the_gradient_of_forward() -> None:
     """The tangents read the activations and leave them as they are."""
     th.manual_seed(0)
-    network = FlowMLP(4, 3, 2, [16, 12], TanhGELU, True, 8, 6, instantaneous=False)
+    network = MeanFlowMLP(4, 3, 2, [16, 12], TanhGELU, True, 8, 6, instantaneous=False)
     inputs = th.randn(9, 4), th.randn(9, 3), th.rand(9, 1), th.rand(9, 1)
     plain_call(network, *inputs).square().sum().backward()
     expected = [parameter.grad for parameter in network.parameters()]
@@ -217,7 +217,7 @@ def test_the_linearised_output_has_the_gradient_of_forward() -> None:
 
 def test_points_of_one_state_have_tangents_of_their_own() -> None:
     """Features (B, 1, S) and one time serve K points each."""
-    network = FlowMLP(4, 3, 3, [16, 12], TanhGELU, True, 8, 6, instantaneous=False)
+    network = MeanFlowMLP(4, 3, 3, [16, 12], TanhGELU, True, 8, 6, instantaneous=False)
     features, actions, t, vectors = th.randn(5, 1, 4), th.randn(5, 7, 3), th.rand(1), th.randn(2, 5, 7, 3)
     products = network.linearize(features, actions, t, t)[1](vectors)
     flat = network.linearize(features.expand(5, 7, 4).flatten(0, 1), actions.flatten(0, 1), t.expand(35, 1), t.expand(35, 1))
@@ -225,7 +225,7 @@ def test_points_of_one_state_have_tangents_of_their_own() -> None:
 
 
 def test_a_grid_of_times_is_the_network_step_by_step() -> None:
-    network = FlowMLP(4, 3, 2, [16, 12], TanhGELU, True, 8, 6, instantaneous=False)
+    network = MeanFlowMLP(4, 3, 2, [16, 12], TanhGELU, True, 8, 6, instantaneous=False)
     features, actions, times = th.randn(5, 1, 4), th.randn(5, 7, 3), th.tensor([1.0, 0.7, 0.3, 0.0])
     intervals = embed_grid(network, times)
     for interval, t, r in zip(intervals, times[:-1], times[1:], strict=True):
@@ -250,7 +250,7 @@ def test_fourier_features_are_cosines_then_sines() -> None:
 
 def test_initialisation() -> None:
     th.manual_seed(0)
-    network = FlowMLP(30, 20, 5, [300, 200], TanhGELU, True, 64, 32, instantaneous=False)
+    network = MeanFlowMLP(30, 20, 5, [300, 200], TanhGELU, True, 64, 32, instantaneous=False)
     for layer in network.modules():
         if isinstance(layer, nn.Linear):
             fan_out, fan_in = layer.weight.shape

@@ -187,6 +187,39 @@ def test_policy_save_and_load(algorithm: Algorithm, tmp_path: Path) -> None:
     assert_equal(policy._get_constructor_parameters().keys(), model.policy._get_constructor_parameters().keys())
 
 
+@pytest.mark.parametrize("algorithm", [MFPO, SOM, SAC])
+def test_the_actor_is_a_policy(algorithm: Any, tmp_path: Path) -> None:
+    """It predicts by itself, within the bounds, and so does its copy from a file, where it goes on with its sampling steps."""
+    env = RandomEnv(action_space=spaces.Box(np.array([-2, 0], np.float32), np.array([0.5, 9], np.float32)))
+    if algorithm is SAC:
+        model = SAC("MlpPolicy", env, learning_starts=10, buffer_size=50, device="cpu").learn(20)
+    else:
+        model = make_model(algorithm, env, policy_kwargs=dict(net_arch=[16, 12])).learn(20)
+        model.policy.sampling_steps = 3
+    actor, observations = model.actor, observations_for(model)
+    assert isinstance(actor, BasePolicy)
+    actor.save(tmp_path / "actor")
+    loaded = type(actor).load(tmp_path / "actor", device="cpu")
+    for deterministic in (True, False):
+        actions = []
+        for one in (actor, loaded):
+            th.manual_seed(0)
+            actions.append(one.predict(observations, deterministic=deterministic)[0])
+            assert all(model.action_space.contains(action) for action in actions[-1])
+        assert np.array_equal(*actions)
+        # Whatever the seed, if it is deterministic
+        assert np.array_equal(actor.predict(observations, deterministic=deterministic)[0], actions[0]) == deterministic
+    assert_equal(actor._get_constructor_parameters().keys(), loaded._get_constructor_parameters().keys())
+
+
+def test_the_actor_starts_from_the_centre_of_the_noise_when_it_is_deterministic(algorithm: Algorithm) -> None:
+    """As the policy does with a single candidate."""
+    model = make_model(algorithm, policy_kwargs=dict(n_action_candidates=1)).learn(20)
+    observations = observations_for(model)
+    expected, _ = model.predict(observations, deterministic=True)
+    assert np.allclose(model.actor.predict(observations, deterministic=True)[0], expected, atol=1e-6)
+
+
 class SmallExtractor(BaseFeaturesExtractor):
     """Features extractor with layers that behave differently in training."""
 
@@ -831,7 +864,8 @@ def test_hooks_fire_in_prediction_and_training(algorithm: Algorithm) -> None:
     # A list of networks is not called
     lists = {policy.critic.q_networks, policy.critic_target.q_networks, policy}
     assert seen == set(policy.modules()) - lists
-    trained = set(policy.modules()) - set(policy.critic_target.modules()) - lists
+    # The actor as a whole is called to act, as in SAC
+    trained = set(policy.modules()) - set(policy.critic_target.modules()) - lists - {policy.actor}
     assert with_gradient == trained
     for handle in handles:
         handle.remove()

@@ -47,7 +47,7 @@ def test_one_step_is_noise_minus_velocity() -> None:
     features, noise = th.randn(5, 3), 0.1 * th.randn(5, 2)
     one = th.ones(5, 1)
     with th.no_grad():
-        expected = (noise - model.actor(features, noise, model.actor.embed(one, one))).clamp(-1, 1)
+        expected = (noise - model.actor.network(features, noise, model.actor.network.embed(one, one))).clamp(-1, 1)
         assert th.allclose(model.policy.act(features, noise), expected, atol=1e-6)
 
 
@@ -129,7 +129,9 @@ def test_the_loss_is_that_of_the_equations(kwargs: dict[str, Any], monkeypatch: 
     mu, sigma = PATHS[model.path][0](t)
     one = th.ones(8, 1)
     actions = (
-        (draws.policy_noise - model.actor(observations, draws.policy_noise, model.actor.embed(one, one))).clamp(-1, 1).detach()
+        (draws.policy_noise - model.actor.network(observations, draws.policy_noise, model.actor.network.embed(one, one)))
+        .clamp(-1, 1)
+        .detach()
     )
     noisy = mu * actions + sigma * noise
     if model.score_estimator == "gradient":
@@ -154,7 +156,7 @@ def test_the_loss_is_that_of_the_equations(kwargs: dict[str, Any], monkeypatch: 
     velocity = velocity.detach()
 
     def average(noisy: th.Tensor, t: th.Tensor) -> th.Tensor:
-        return model.actor(observations, noisy, model.actor.embed(t, t - r))
+        return model.actor.network(observations, noisy, model.actor.network.embed(t, t - r))
 
     output, derivative = th.func.jvp(average, (noisy, t), (velocity, one))
     errors = output - (velocity - (t - r) * derivative).detach()

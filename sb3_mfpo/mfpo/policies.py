@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.torch_layers import CombinedExtractor, NatureCNN, get_actor_critic_arch
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
@@ -14,15 +15,15 @@ from torch import nn
 from sb3_mfpo.checks import check_choice
 from sb3_mfpo.maths.divergence import exact_divergence
 from sb3_mfpo.maths.mean_flow import few_step_sample
-from sb3_mfpo.nets.flow import FlowMLP, MeanFlowActor, embed_grid
+from sb3_mfpo.nets.flow import MeanFlowActor, MeanFlowMLP, embed_grid
 from sb3_mfpo.nets.layers import in_chunks
-from sb3_mfpo.training.policy import FlowPolicy
+from sb3_mfpo.training.mean_flow_policy import MeanFlowPolicy
 
 ACTOR_TYPES = ("mean_flow", "flow_matching")
 DIVERGENCE_TYPES = ("mean_flow", "flow_matching", "exact")
 
 
-class AverageDivergenceNetwork(FlowMLP):
+class AverageDivergenceNetwork(MeanFlowMLP):
     """
     Average divergence of the actor's velocity field over [r, t] (ADN), for log-probabilities without a fine ODE solve.
 
@@ -66,7 +67,7 @@ class InstantaneousDivergence(nn.Module):
         return exact_divergence(jacobian_product, noisy_actions)
 
 
-class MFPOPolicy(FlowPolicy):
+class MFPOPolicy(MeanFlowPolicy):
     """
     Policy class (with actor, average divergence network and critics) for MFPO.
 
@@ -79,7 +80,7 @@ class MFPOPolicy(FlowPolicy):
     :param divergence_type: "mean_flow" (ADN), "flow_matching" (a network of the instantaneous divergence; an ablation) or
         "exact" (no network: the Jacobian's trace at each sampling step; an ablation)
     :param sampling_steps: Number of steps T from noise to action
-    :param kwargs: Further arguments of :class:`sb3_mfpo.training.policy.FlowPolicy`
+    :param kwargs: Further arguments of :class:`sb3_mfpo.training.mean_flow_policy.MeanFlowPolicy`
     :raises ValueError: If an argument is out of range; the message names it
     """
 
@@ -109,25 +110,18 @@ class MFPOPolicy(FlowPolicy):
         check_choice("divergence_type", kwargs.get("divergence_type", "mean_flow"), DIVERGENCE_TYPES)
 
     def _build(self, lr_schedule: Schedule) -> None:
-        actor_arch, critic_arch = get_actor_critic_arch(self.net_arch)
-        self._build_actor(actor_arch, lr_schedule)
+        super()._build(lr_schedule)
         if self.divergence_type == "exact":
             self.divergence = InstantaneousDivergence(self.actor)
-        else:
-            self.divergence = self.make_divergence(actor_arch)
-            self.divergence.optimizer = self._make_optimizer(self.divergence.parameters(), lr_schedule)
-        self._build_critics(critic_arch, lr_schedule)
-
-    def make_divergence(self, net_arch: Sequence[int]) -> AverageDivergenceNetwork:
-        """
-        :param net_arch: Widths of the hidden layers
-        :return: The average divergence network
-        """
-        return AverageDivergenceNetwork(
-            **self._flow_arguments(net_arch, self.actor.features_extractor.features_dim),
+            return
+        self.divergence = AverageDivergenceNetwork(
+            self.actor.features_extractor.features_dim,
+            get_action_dim(self.action_space),
             output_dim=1,
+            **self.network_arguments(get_actor_critic_arch(self.net_arch)[0]),
             instantaneous=self.divergence_type == "flow_matching",
         ).to(self.device)
+        self.divergence.optimizer = self._make_optimizer(self.divergence.parameters(), lr_schedule)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
@@ -143,12 +137,12 @@ class MFPOPolicy(FlowPolicy):
         :return: Actions clipped to [-1, 1], shape (B, ..., d); log-density in nats of the actions before the clip (as in the
             authors' code), shape (B, ...)
         """
-        times = self.sampling_times
-        actor_intervals, divergence_intervals = embed_grid(self.actor, times), embed_grid(self.divergence, times)
+        network, times = self.actor.network, self.actor.sampling_times
+        actor_intervals, divergence_intervals = embed_grid(network, times), embed_grid(self.divergence, times)
 
         def flow(features: th.Tensor, noise: th.Tensor) -> tuple[th.Tensor, ...]:
             actions, log_prob = few_step_sample(
-                lambda noisy_actions, k: self.actor(features, noisy_actions, actor_intervals[k]),
+                lambda noisy_actions, k: network(features, noisy_actions, actor_intervals[k]),
                 noise,
                 times,
                 lambda noisy_actions, k: self.divergence(features, noisy_actions, divergence_intervals[k]),
@@ -170,10 +164,10 @@ class MFPOPolicy(FlowPolicy):
             without gradient
         """
         times = th.linspace(1, 0, n_steps + 1, device=noise.device)
-        instants = self.actor.embed(times[:-1, None], th.zeros_like(times[:-1, None])).split(1)
+        instants = self.actor.network.embed(times[:-1, None], th.zeros_like(times[:-1, None])).split(1)
         exact = InstantaneousDivergence(self.actor)
         actions, log_prob = few_step_sample(
-            lambda noisy_actions, k: self.actor(features, noisy_actions, instants[k]),
+            lambda noisy_actions, k: self.actor.network(features, noisy_actions, instants[k]),
             noise,
             times,
             lambda noisy_actions, k: exact(features, noisy_actions, times[k, None]),
@@ -191,7 +185,7 @@ class MFPOPolicy(FlowPolicy):
             clipped to the bounds, shape (B,)
         """
         features = self.actor.encode(obs)
-        return self.sample(features, self._draw_noise(features) if noise is None else noise)
+        return self.sample(features, self.actor.draw_noise(features) if noise is None else noise)
 
     def _networks(self) -> list[nn.Module]:
         return [self.actor, self.divergence, self.critic]

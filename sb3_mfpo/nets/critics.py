@@ -19,38 +19,7 @@ from sb3_mfpo.maths import categorical
 from sb3_mfpo.nets.layers import MultiInputMLP, in_chunks, init_linear_layers
 
 
-class FeaturesModel(BaseModel):
-    """
-    Model that sees the state through a features extractor.
-
-    :param observation_space: Observation space
-    :param action_space: Action space
-    :param features_extractor: Network to extract features
-    :param normalize_images: Whether to divide images by 255
-    """
-
-    features_extractor: BaseFeaturesExtractor
-
-    def __init__(
-        self,
-        observation_space: spaces.Space,
-        action_space: spaces.Box,
-        features_extractor: BaseFeaturesExtractor,
-        normalize_images: bool = True,
-    ):
-        super().__init__(
-            observation_space, action_space, features_extractor=features_extractor, normalize_images=normalize_images
-        )
-
-    def encode(self, observations: PyTorchObs) -> th.Tensor:
-        """
-        :param observations: Batch of observations
-        :return: State features, shape (B, features_dim)
-        """
-        return self.extract_features(observations, self.features_extractor)
-
-
-class Critic(FeaturesModel):
+class Critic(BaseModel):
     """
     Ensemble of Q-networks on [state features, action].
 
@@ -67,6 +36,8 @@ class Critic(FeaturesModel):
     :param normalize_images: Whether to divide images by 255
     """
 
+    features_extractor: BaseFeaturesExtractor
+
     def __init__(
         self,
         observation_space: spaces.Space,
@@ -81,7 +52,9 @@ class Critic(FeaturesModel):
         share_features_extractor: bool,
         normalize_images: bool = True,
     ):
-        super().__init__(observation_space, action_space, features_extractor, normalize_images)
+        super().__init__(
+            observation_space, action_space, features_extractor=features_extractor, normalize_images=normalize_images
+        )
         self.share_features_extractor = share_features_extractor
         self.q_networks = nn.ModuleList(
             MultiInputMLP([features_dim, get_action_dim(action_space)], 0, output_dim, net_arch, activation_fn, layer_norm)
@@ -90,8 +63,12 @@ class Critic(FeaturesModel):
         init_linear_layers(self.q_networks)
 
     def encode(self, observations: PyTorchObs) -> th.Tensor:
+        """
+        :param observations: Batch of observations
+        :return: State features, shape (B, features_dim)
+        """
         with th.set_grad_enabled(th.is_grad_enabled() and not self.share_features_extractor):
-            return super().encode(observations)
+            return self.extract_features(observations, self.features_extractor)
 
     def outputs(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
         """

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
-from sb3_mfpo.nets.critics import FeaturesModel
+from sb3_mfpo.maths.mean_flow import few_step_sample
+from sb3_mfpo.nets.actor import GenerativeActor
 from sb3_mfpo.nets.layers import (
     ALL_ROWS,
     JVP,
@@ -19,6 +21,7 @@ from sb3_mfpo.nets.layers import (
     MultiInputMLP,
     differentiate,
     has_global_hooks,
+    in_chunks,
     init_linear_layers,
     is_bare,
     linearize,
@@ -72,7 +75,7 @@ class TimeEmbedding(nn.Module):
 
     def linearize(self, time: th.Tensor) -> tuple[th.Tensor, JVP]:
         """
-        By hand, for bare modules alone: see ``FlowMLP.linearize``.
+        By hand, for bare modules alone: see ``MeanFlowMLP.linearize``.
 
         :param time: shape (B, ..., 1)
         :return: The embedding, and the function that carries a tangent of the time to that of the embedding
@@ -88,7 +91,7 @@ class TimeEmbedding(nn.Module):
         return output, jvp_of_time
 
 
-class FlowMLP(nn.Module):
+class MeanFlowMLP(nn.Module):
     """
     Network of a state, a noisy action and a time interval [r, t]: the mean-flow actor and the average divergence network.
 
@@ -177,7 +180,7 @@ class FlowMLP(nn.Module):
     def _is_bare(self) -> bool:
         if has_global_hooks() or th.is_autocast_enabled(self.time_embedding.frequencies.device.type):
             return False
-        formulas = {kind: kind.forward for kind in (FlowMLP, TimeEmbedding, MultiInputMLP, BroadcastLinear, nn.Sequential)}
+        formulas = {kind: kind.forward for kind in (MeanFlowMLP, TimeEmbedding, MultiInputMLP, BroadcastLinear, nn.Sequential)}
         return all(
             is_bare(module)
             and all(type(module).forward is forward for kind, forward in formulas.items() if isinstance(module, kind))
@@ -185,61 +188,95 @@ class FlowMLP(nn.Module):
         )
 
 
-class MeanFlowActor(FeaturesModel):
+class MeanFlowActor(GenerativeActor):
     """
-    Average velocity u(s, a_t, r, t) of the flow that carries noise (t = 1) to actions (t = 0).
+    Average velocity u(s, a_t, r, t) of the flow that carries noise (t = 1) to actions (t = 0), and the steps along it.
 
     :param observation_space: Observation space
     :param action_space: Action space
     :param features_extractor: Network to extract features
-    :param network: The network behind the features
+    :param net_arch: Widths of the hidden layers
+    :param activation_fn: Makes the activations
+    :param layer_norm: Whether to use LayerNorm in the hidden layers
+    :param time_fourier_dim: Number of Fourier features of each of t and t - r
+    :param time_embedding_dim: Size of their embeddings, which are added
+    :param sampling_steps: Number of steps T from noise to action
+    :param instantaneous: Ignore the interval's length and return the velocity at t, as in flow matching (an ablation)
     :param normalize_images: Whether to divide images by 255
     """
+
+    sampling_times: th.Tensor
 
     def __init__(
         self,
         observation_space: spaces.Space,
         action_space: spaces.Box,
         features_extractor: BaseFeaturesExtractor,
-        network: FlowMLP,
+        net_arch: Sequence[int],
+        activation_fn: Callable[[], nn.Module],
+        layer_norm: bool,
+        time_fourier_dim: int,
+        time_embedding_dim: int,
+        sampling_steps: int,
+        instantaneous: bool,
         normalize_images: bool = True,
     ):
         super().__init__(observation_space, action_space, features_extractor, normalize_images)
-        self.network = network
+        self.network_arguments: dict[str, Any] = dict(
+            net_arch=net_arch,
+            activation_fn=activation_fn,
+            layer_norm=layer_norm,
+            time_fourier_dim=time_fourier_dim,
+            time_embedding_dim=time_embedding_dim,
+            instantaneous=instantaneous,
+        )
+        action_dim = get_action_dim(action_space)
+        self.network = MeanFlowMLP(features_extractor.features_dim, action_dim, action_dim, **self.network_arguments)
+        # A buffer, so that a checkpoint restores how the actor acts whatever it was constructed with
+        self.register_buffer("sampling_times", th.linspace(1, 0, sampling_steps + 1))
 
-    def forward(self, features: th.Tensor, noisy_actions: th.Tensor, interval: th.Tensor) -> th.Tensor:
-        """
-        :param features: State features, shape (..., features_dim)
-        :param noisy_actions: a_t, shape (..., d)
-        :param interval: Embedding of [r, t], from ``embed``, shape (..., time_embedding_dim)
-        :return: Average velocity over [r, t], shape (..., d)
-        """
-        return self.network(features, noisy_actions, interval)
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return super()._get_constructor_parameters() | self.network_arguments | dict(sampling_steps=self.sampling_steps)
 
-    def embed(self, t: th.Tensor, h: th.Tensor) -> th.Tensor:
-        """
-        :param t: End of the interval in [0, 1], shape (..., 1)
-        :param h: Its length h = t - r in [0, t], shape (..., 1)
-        :return: Embedding of the interval, shape (..., time_embedding_dim)
-        """
-        return self.network.embed(t, h)
+    @property
+    def sampling_steps(self) -> int:
+        """Number of steps from noise to action; may be changed at any time, also on a trained actor."""
+        return len(self.sampling_times) - 1
+
+    @sampling_steps.setter
+    def sampling_steps(self, value: int) -> None:
+        self.sampling_times = th.linspace(1, 0, value + 1, device=self.sampling_times.device)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # The number of steps is a setting: take that of the checkpoint
+        if (times := state_dict.get(prefix + "sampling_times")) is not None:
+            self.sampling_times = self.sampling_times.new_empty(times.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def act(self, features: th.Tensor, noise: th.Tensor) -> th.Tensor:
+        intervals = embed_grid(self.network, self.sampling_times)
+
+        def flow(features: th.Tensor, noise: th.Tensor) -> th.Tensor:
+            def velocity(noisy_actions: th.Tensor, k: int) -> th.Tensor:
+                return self.network(features, noisy_actions, intervals[k])
+
+            return few_step_sample(velocity, noise, self.sampling_times)[0].clamp(-1, 1)
+
+        return in_chunks(flow, features, noise)
 
     def linearize(
         self, features: th.Tensor, noisy_actions: th.Tensor, t: th.Tensor, h: th.Tensor
     ) -> tuple[th.Tensor, Callable[..., th.Tensor]]:
         """
-        Average velocity over [r, t], and its derivatives with respect to a_t and t.
+        Average velocity over [r, t], and its derivatives with respect to a_t and t: see ``MeanFlowMLP.linearize``.
 
         :param features: State features, shape (B, ..., features_dim)
         :param noisy_actions: a_t, shape (B, ..., d)
         :param t: End of the interval in [0, 1], shape (..., 1)
         :param h: Its length h = t - r in [0, t], shape (..., 1)
-        :return: Average velocity, shape (B, ..., d); the function that multiplies the Jacobian by tangents, without gradient,
-            see ``FlowMLP.linearize``
+        :return: Average velocity, shape (B, ..., d); the function that multiplies the Jacobian by tangents, without gradient
         """
-        if is_bare(self) and type(self).forward is MeanFlowActor.forward:
-            return self.network.linearize(features, noisy_actions, t, h)
-        return linearize_call(self, features, noisy_actions, t, h)
+        return self.network.linearize(features, noisy_actions, t, h)
 
     def linearize_velocity(
         self, features: th.Tensor, noisy_actions: th.Tensor, t: th.Tensor
@@ -260,14 +297,14 @@ def linearize_call(
     module: nn.Module, features: th.Tensor, noisy_actions: th.Tensor, t: th.Tensor, h: th.Tensor
 ) -> tuple[th.Tensor, Callable[..., th.Tensor]]:
     """
-    ``FlowMLP.linearize`` of anything that is called like one, by automatic differentiation.
+    ``MeanFlowMLP.linearize`` of anything that is called like one, by automatic differentiation.
 
-    :param module: Has the ``forward`` and ``embed`` of ``FlowMLP``
+    :param module: Has the ``forward`` and ``embed`` of ``MeanFlowMLP``
     :param features: State features, shape (B, ..., features_dim)
     :param noisy_actions: Points on the flow's path, shape (B, ..., action_dim)
     :param t: End of the interval in [0, 1], shape (B, ..., 1)
     :param h: Length h = t - r of the interval in [0, t], shape (B, ..., 1)
-    :return: As ``FlowMLP.linearize``
+    :return: As ``MeanFlowMLP.linearize``
     """
     embed: Any = module.embed
     output, jvp_of_points = differentiate(
@@ -284,12 +321,9 @@ def embed_grid(network: nn.Module, times: th.Tensor) -> tuple[th.Tensor, ...]:
     """
     Embed all intervals of a grid at once.
 
-    :param network: Has the ``embed`` of ``FlowMLP``
+    :param network: Has the ``embed`` of ``MeanFlowMLP``
     :param times: Grid from 1 (noise) down to 0 (action), shape (T + 1,)
     :return: Embeddings of the T intervals, shape (1, time_embedding_dim) each
     """
     embed: Any = network.embed
     return embed(times[:-1, None], (times[:-1] - times[1:])[:, None]).split(1)
-
-
-MeanFlowMLP = FlowMLP

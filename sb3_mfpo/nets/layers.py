@@ -290,7 +290,7 @@ class MultiInputMLP(nn.Module):
 
     def linearize(self, *inputs: th.Tensor) -> tuple[th.Tensor, Callable[..., th.Tensor]]:
         """
-        By hand, for bare modules alone: see ``FlowMLP.linearize``.
+        By hand, for bare modules alone: see ``MeanFlowMLP.linearize``.
 
         :param inputs: As those of ``forward``
         :return: The output, and the function that carries tangents of the inputs (None for those that stay as they are) and

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from gymnasium import spaces
-from stable_baselines3.common.torch_layers import CombinedExtractor, NatureCNN, get_actor_critic_arch
+from stable_baselines3.common.torch_layers import CombinedExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import Schedule
 
-from sb3_mfpo.training.policy import FlowPolicy
+from sb3_mfpo.training.mean_flow_policy import MeanFlowPolicy
 
 
-class SOMPolicy(FlowPolicy):
+class SOMPolicy(MeanFlowPolicy):
     """
     Policy class (with actor and critics) for SOM.
 
@@ -19,7 +19,7 @@ class SOMPolicy(FlowPolicy):
     :param action_space: Action space
     :param lr_schedule: Learning rate schedule (could be constant)
     :param sampling_steps: Number of steps from noise to action
-    :param kwargs: Further arguments of :class:`sb3_mfpo.training.policy.FlowPolicy`
+    :param kwargs: Further arguments of :class:`sb3_mfpo.training.mean_flow_policy.MeanFlowPolicy`
     :raises ValueError: If an argument is out of range; the message names it
     """
 
@@ -33,9 +33,7 @@ class SOMPolicy(FlowPolicy):
         **kwargs: Any,
     ):
         super().__init__(observation_space, action_space, lr_schedule, sampling_steps=sampling_steps, **kwargs)
-        actor_arch, critic_arch = get_actor_critic_arch(self.net_arch)
-        self._build_actor(actor_arch, lr_schedule)
-        self._build_critics(critic_arch, lr_schedule)
+        self._build(lr_schedule)
 
 
 MlpPolicy = SOMPolicy

@@ -158,7 +158,7 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
     # Looked up, not kept: a callback may give the model another policy, which is then the one that is trained
 
     @property
-    def actor(self) -> Any:
+    def actor(self) -> Any:  # type: ignore[override]
         """The policy's actor."""
         return self.policy.actor
 

@@ -11,7 +11,7 @@ from sb3_mfpo.checks import check_range
 from sb3_mfpo.maths.mean_flow import logit_normal_times, mean_flow_target
 from sb3_mfpo.nets.flow import MeanFlowActor, MeanFlowMLP
 from sb3_mfpo.training.actor_critic import ActorCriticAlgorithm
-from sb3_mfpo.training.policy import MeanFlowPolicy
+from sb3_mfpo.training.mean_flow_policy import MeanFlowPolicy
 
 
 class MeanFlowDraws(NamedTuple):
@@ -47,11 +47,6 @@ class MeanFlowAlgorithm(ActorCriticAlgorithm):
         self.equal_time_share = equal_time_share
         self.time_mean = time_mean
         self.time_std = time_std
-
-    @property
-    def actor(self) -> MeanFlowActor:
-        """The policy's actor."""
-        return self.policy.actor
 
     def _check_arguments(self) -> None:
         super()._check_arguments()

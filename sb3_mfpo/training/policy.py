@@ -1,8 +1,9 @@
-"""The policy that the algorithms share: the mean-flow actor, the critics, and how they act."""
+"""The policy of any off-policy algorithm whose actor carries noise to actions: actor and critics, and how they act."""
 
 from __future__ import annotations
 
 import inspect
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,17 +12,15 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor, get_actor_critic_arch
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
 from sb3_mfpo.checks import check_choice, check_integer, check_range
 from sb3_mfpo.maths.categorical import reduce_values
-from sb3_mfpo.maths.mean_flow import few_step_sample
+from sb3_mfpo.nets.actor import GenerativeActor
 from sb3_mfpo.nets.critics import CategoricalCritic, Critic, ScalarCritic
-from sb3_mfpo.nets.flow import FlowMLP, MeanFlowActor, embed_grid
-from sb3_mfpo.nets.layers import TanhGELU, in_chunks, is_traced
+from sb3_mfpo.nets.layers import TanhGELU, is_traced
 from sb3_mfpo.runs.files import replacing
 
 CRITIC_REDUCTIONS = ("min", "mean")
@@ -30,10 +29,7 @@ CHOICES = {
     "value_init": ("uniform", "narrow"),
     "critic_reduction": CRITIC_REDUCTIONS,
 }
-MINIMA = {
-    **dict.fromkeys(("sampling_steps", "n_action_candidates", "n_critics", "time_embedding_dim"), 1),
-    **dict.fromkeys(("n_atoms", "time_fourier_dim"), 2),
-}
+MINIMA = {"n_action_candidates": 1, "n_critics": 1, "n_atoms": 2}
 # The paper's value range
 V_MIN, V_MAX = -1600.0, 1600.0
 
@@ -83,20 +79,16 @@ def latin_hypercube_noise(n_points: int, dim: int) -> th.Tensor:
     return th.special.ndtri(th.as_tensor((ranks + 0.5) / n_points)).float()
 
 
-class FlowPolicy(BasePolicy):
+class GenerativePolicy(BasePolicy):
     """
-    Policy with a mean-flow actor and critics: base of those of MFPO and SOM. They say of what else a policy consists
-    (``_build``), and in how many steps it acts by default.
+    Policy with critics and an actor that carries noise to actions, whatever the actor is. A subclass makes the actor
+    (``make_actor``) and ends its constructor with ``_build``.
 
     :param observation_space: Observation space
     :param action_space: Action space
-    :param lr_schedule: Learning rate schedule (could be constant)
     :param net_arch: Widths of the hidden layers, [256, 256, 256] by default, or ``dict(pi=[...], qf=[...])``
     :param activation_fn: Activation function, or anything that makes one; tanh-approximated GELU by default
     :param layer_norm: Whether to use LayerNorm in all hidden layers
-    :param time_fourier_dim: Number of learned Fourier features of each time (even)
-    :param time_embedding_dim: Size of a time's embedding
-    :param sampling_steps: Number of steps T from noise to action; an algorithm's policy has its own default
     :param critic_type: "categorical" (C51) or "scalar" (plain Q-networks, mean squared error)
     :param n_action_candidates: Number M of candidates of which ``predict(deterministic=True)`` takes the best; 1 takes the
         action that the centre of the noise leads to
@@ -119,28 +111,21 @@ class FlowPolicy(BasePolicy):
     """
 
     default_features_extractor: ClassVar[type[BaseFeaturesExtractor]] = FlattenExtractor
-    # "mean_flow" (average velocity over an interval) or "flow_matching" (velocity at its start)
-    actor_type: str = "mean_flow"
 
     action_space: spaces.Box
-    actor: MeanFlowActor
+    actor: GenerativeActor
     critic: Critic
     critic_target: Critic
-    sampling_times: th.Tensor
     candidate_noise: th.Tensor
 
     def __init__(
         self,
         observation_space: spaces.Space,
         action_space: spaces.Box,
-        lr_schedule: Schedule,
         net_arch: list[int] | dict[str, list[int]] | None = None,
         activation_fn: Callable[[], nn.Module] = TanhGELU,
         layer_norm: bool = True,
-        time_fourier_dim: int = 128,
-        time_embedding_dim: int = 64,
         *,
-        sampling_steps: int,
         critic_type: str = "categorical",
         n_action_candidates: int = 10,
         n_critics: int = 2,
@@ -158,10 +143,8 @@ class FlowPolicy(BasePolicy):
     ):
         self.check_arguments(
             net_arch=net_arch,
-            time_fourier_dim=time_fourier_dim,
-            time_embedding_dim=time_embedding_dim,
+            activation_fn=activation_fn,
             critic_type=critic_type,
-            sampling_steps=sampling_steps,
             n_action_candidates=n_action_candidates,
             n_critics=n_critics,
             n_atoms=n_atoms,
@@ -169,7 +152,6 @@ class FlowPolicy(BasePolicy):
             v_max=v_max,
             value_init=value_init,
             critic_reduction=critic_reduction,
-            activation_fn=activation_fn,
             optimizer_class=optimizer_class,
             optimizer_kwargs=optimizer_kwargs,
         )
@@ -186,8 +168,6 @@ class FlowPolicy(BasePolicy):
         self.net_arch = [256, 256, 256] if net_arch is None else net_arch
         self.activation_fn = activation_fn
         self.layer_norm = layer_norm
-        self.time_fourier_dim = time_fourier_dim
-        self.time_embedding_dim = time_embedding_dim
         self.critic_type = critic_type
         self.n_critics = n_critics
         self.n_atoms = n_atoms
@@ -196,11 +176,9 @@ class FlowPolicy(BasePolicy):
         self.value_init = value_init
         self.critic_reduction = critic_reduction
         self.share_features_extractor = share_features_extractor
-        # Buffers, so that a checkpoint restores how the policy acts whatever it was constructed with
-        self.register_buffer("sampling_times", th.empty(0))
-        self.register_buffer("candidate_noise", th.empty(0))
-        self.sampling_steps = sampling_steps
-        self.n_action_candidates = n_action_candidates
+        # A buffer, so that a checkpoint restores how the policy acts whatever it was constructed with; the actor, which comes
+        # later, says how many coordinates the noise has
+        self.register_buffer("candidate_noise", th.empty(n_action_candidates, 0))
 
     @classmethod
     def check_arguments(cls, **kwargs: Any) -> None:
@@ -214,8 +192,6 @@ class FlowPolicy(BasePolicy):
         for name, minimum in MINIMA.items():
             if name in kwargs:
                 check_integer(name, kwargs[name], minimum)
-        if kwargs.get("time_fourier_dim", 0) % 2 == 1:
-            raise ValueError(f"`time_fourier_dim` must be even (cosines and sines), not {kwargs['time_fourier_dim']}.")
         for name, choices in CHOICES.items():
             if name in kwargs:
                 check_choice(name, kwargs[name], choices)
@@ -240,17 +216,7 @@ class FlowPolicy(BasePolicy):
     @property
     def device(self) -> th.device:
         """Where the policy is; SB3 looks through the parameters, which takes a tenth of the time of a single action."""
-        return self.sampling_times.device
-
-    @property
-    def sampling_steps(self) -> int:
-        """Number of steps from noise to action; may be changed at any time, also on a trained model."""
-        return len(self.sampling_times) - 1
-
-    @sampling_steps.setter
-    def sampling_steps(self, value: int) -> None:
-        check_integer("sampling_steps", value, 1)
-        self.sampling_times = th.linspace(1, 0, value + 1, device=self.sampling_times.device)
+        return self.candidate_noise.device
 
     @property
     def n_action_candidates(self) -> int:
@@ -260,32 +226,27 @@ class FlowPolicy(BasePolicy):
     @n_action_candidates.setter
     def n_action_candidates(self, value: int) -> None:
         check_integer("n_action_candidates", value, 1)
-        self.candidate_noise = latin_hypercube_noise(value, get_action_dim(self.action_space)).to(self.candidate_noise.device)
+        self.candidate_noise = latin_hypercube_noise(value, self.actor.noise_dim).to(self.device)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # The sizes of these buffers are settings: take those of the checkpoint
-        for name in ("sampling_times", "candidate_noise"):
-            if prefix + name in state_dict:
-                setattr(self, name, getattr(self, name).new_empty(state_dict[prefix + name].shape))
+        # The number of candidates is a setting: take that of the checkpoint
+        if (noise := state_dict.get(prefix + "candidate_noise")) is not None:
+            self.candidate_noise = self.candidate_noise.new_empty(noise.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _build_actor(self, net_arch: Sequence[int], lr_schedule: Schedule) -> None:
+    def _build(self, lr_schedule: Schedule) -> None:
         """
-        :param net_arch: Widths of the hidden layers
+        Create networks and optimizers.
+
         :param lr_schedule: Learning rate schedule; ``lr_schedule(1)`` is the initial learning rate
         """
-        self.actor = self.make_actor(net_arch)
+        actor_arch, critic_arch = get_actor_critic_arch(self.net_arch)
+        self.actor = self.make_actor(actor_arch).to(self.device)
         self.actor.optimizer = self._make_optimizer(self.actor.parameters(), lr_schedule)
+        self.n_action_candidates = len(self.candidate_noise)
 
-    def _build_critics(self, net_arch: Sequence[int], lr_schedule: Schedule) -> None:
-        """
-        Create the critics and their targets; the actor comes first.
-
-        :param net_arch: Widths of the hidden layers
-        :param lr_schedule: Learning rate schedule; ``lr_schedule(1)`` is the initial learning rate
-        """
         shared = self.actor.features_extractor if self.share_features_extractor else None
-        self.critic = self.make_critic(net_arch, shared)
+        self.critic = self.make_critic(critic_arch, shared)
         # A shared features extractor is optimized with the actor
         critic_parameters = [
             parameter
@@ -294,7 +255,7 @@ class FlowPolicy(BasePolicy):
         ]
         self.critic.optimizer = self._make_optimizer(critic_parameters, lr_schedule)
         # The target never shares its features extractor: it lags behind
-        self.critic_target = self.make_critic(net_arch, None)
+        self.critic_target = self.make_critic(critic_arch, None)
         self.critic_target.load_state_dict(self.critic.state_dict())
         self.critic_target.set_training_mode(False)
 
@@ -309,35 +270,12 @@ class FlowPolicy(BasePolicy):
             kwargs = {**kwargs, "fused": True}
         return self.optimizer_class(parameters, lr=lr_schedule(1), **kwargs)  # type: ignore[call-arg]
 
-    def _flow_arguments(self, net_arch: Sequence[int], features_dim: int) -> dict[str, Any]:
-        return dict(
-            features_dim=features_dim,
-            action_dim=get_action_dim(self.action_space),
-            net_arch=net_arch,
-            activation_fn=self.activation_fn,
-            layer_norm=self.layer_norm,
-            time_fourier_dim=self.time_fourier_dim,
-            time_embedding_dim=self.time_embedding_dim,
-        )
-
-    def make_actor(self, net_arch: Sequence[int]) -> MeanFlowActor:
+    @abstractmethod
+    def make_actor(self, net_arch: Sequence[int]) -> GenerativeActor:
         """
         :param net_arch: Widths of the hidden layers
         :return: The actor, with a features extractor of its own
         """
-        features_extractor = self.make_features_extractor()
-        network = FlowMLP(
-            **self._flow_arguments(net_arch, features_extractor.features_dim),
-            output_dim=get_action_dim(self.action_space),
-            instantaneous=self.actor_type == "flow_matching",
-        )
-        return MeanFlowActor(
-            self.observation_space,
-            self.action_space,
-            features_extractor,
-            network,
-            self.normalize_images,
-        ).to(self.device)
 
     def make_critic(self, net_arch: Sequence[int], features_extractor: BaseFeaturesExtractor | None) -> Critic:
         """
@@ -367,14 +305,10 @@ class FlowPolicy(BasePolicy):
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
         data.update(
-            lr_schedule=self._dummy_schedule,  # not needed for loading the policy alone
             net_arch=self.net_arch,
             activation_fn=self.activation_fn,
             layer_norm=self.layer_norm,
-            time_fourier_dim=self.time_fourier_dim,
-            time_embedding_dim=self.time_embedding_dim,
             critic_type=self.critic_type,
-            sampling_steps=self.sampling_steps,
             n_action_candidates=self.n_action_candidates,
             n_critics=self.n_critics,
             n_atoms=self.n_atoms,
@@ -392,54 +326,32 @@ class FlowPolicy(BasePolicy):
 
     def act(self, features: th.Tensor, noise: th.Tensor) -> th.Tensor:
         """
-        Carry noise to actions in ``sampling_steps`` steps.
+        Carry noise to actions.
 
         :param features: The actor's state features, shape (B, ..., features_dim), broadcast against ``noise``
-        :param noise: Standard-normal noise, shape (B, ..., d)
-        :return: Actions clipped to [-1, 1], shape (B, ..., d)
+        :param noise: Standard-normal noise, shape (B, ..., noise_dim)
+        :return: Actions in [-1, 1], shape (B, ..., d)
         """
-        intervals = embed_grid(self.actor, self.sampling_times)
-
-        def flow(features: th.Tensor, noise: th.Tensor) -> th.Tensor:
-            def velocity(noisy_actions: th.Tensor, k: int) -> th.Tensor:
-                return self.actor(features, noisy_actions, intervals[k])
-
-            return few_step_sample(velocity, noise, self.sampling_times)[0].clamp(-1, 1)
-
-        return in_chunks(flow, features, noise)
+        return self.actor.act(features, noise)
 
     def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
-        """
-        :param scaled_action: Action in [-1, 1]
-        :return: Action within the bounds of the action space, which rounding alone could leave
-        """
-        action = super().unscale_action(scaled_action)
-        # What `np.clip` does, in a third of its time
-        return np.minimum(np.maximum(action, self.action_space.low), self.action_space.high)
-
-    def _draw_noise(self, features: th.Tensor) -> th.Tensor:
-        return th.randn(features.shape[0], self.candidate_noise.shape[1], device=features.device)
+        return self.actor.unscale_action(scaled_action)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self._predict(obs, deterministic=deterministic)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        features = self.actor.encode(observation)
-        if deterministic:
-            return self._best_candidates(observation, features)
-        return self.act(features, self._draw_noise(features))
+        return self._best_candidates(observation) if deterministic else self.actor(observation)
 
-    def _best_candidates(self, observation: PyTorchObs, features: th.Tensor) -> th.Tensor:
+    def _best_candidates(self, observation: PyTorchObs) -> th.Tensor:
         """
         The best, by the target critics, of the actions that ``candidate_noise`` leads to. The authors draw fresh noise; fixed
         noise makes the action a function of the weights and the observation alone.
 
         :param observation: Batch of observations
-        :param features: The actor's features of them, shape (B, S)
         :return: Actions in [-1, 1], shape (B, d)
         """
-        noise = self.candidate_noise.expand(features.shape[0], -1, -1)
-        candidates = self.act(features.unsqueeze(1), noise)
+        candidates = self.actor(observation, noise=self.candidate_noise)
         # Sizes are no plain numbers in `torch.jit.trace`
         if not is_traced() and candidates.shape[1] == 1:
             return candidates.squeeze(1)
@@ -503,6 +415,3 @@ def _set_mode(network: nn.Module, mode: bool) -> None:
                 return
             if module._modules:
                 modules += module._modules.values()
-
-
-GenerativePolicy = MeanFlowPolicy = FlowPolicy
