@@ -24,7 +24,7 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.logger import configure
 
 from sb3_mfpo import MFPO, SOM, RunCheckpointCallback
-from sb3_mfpo.training.health import HealthCallback
+from sb3_mfpo import HealthCallback
 
 SIZES: dict[str, Any] = dict(
     buffer_size=20_000,

@@ -14,7 +14,7 @@ from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.logger import configure
 
 from sb3_mfpo import MFPO
-from sb3_mfpo.training.health import HealthCallback
+from sb3_mfpo import HealthCallback
 from sb3_mfpo.training.mean_flow import MeanFlowAlgorithm
 from tests.helpers import Algorithm, RandomEnv, make_model
 
