@@ -14,7 +14,6 @@ from typing import Any
 import torch as th
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.utils import polyak_update
-from torch import nn
 from torch.nn import functional as F
 
 from sb3_mfpo import MFPO
@@ -52,17 +51,23 @@ def mlp(network: MultiInputMLP, *inputs: th.Tensor) -> th.Tensor:
     return hidden
 
 
-def embedding(time: th.Tensor, module: nn.Module) -> th.Tensor:
-    """Of times (..., 1)."""
-    angles = 2 * math.pi * time * module.frequencies  # type: ignore[operator]
-    first, _, last = module.mlp  # type: ignore[misc]
-    return last(F.gelu(first(th.cat([angles.cos(), angles.sin()], dim=-1)), approximate="tanh"))
+def embedding(network: MeanFlowMLP, t: th.Tensor, h: th.Tensor) -> th.Tensor:
+    """Of intervals: the sum of an embedding of t (..., 1) and one of h (..., 1)."""
+    first, _, last = network.embed.mlp
+    embeddings = []
+    for time, frequencies, w1, b1, w2, b2 in zip(
+        (t, h), network.embed.frequencies, *first.parameters(), *last.parameters(), strict=True
+    ):
+        angles = 2 * math.pi * time * frequencies.flatten()
+        hidden = F.gelu(th.cat([angles.cos(), angles.sin()], dim=-1) @ w1 + b1, approximate="tanh")
+        embeddings.append(hidden @ w2 + b2)
+    return embeddings[0] + embeddings[1]
 
 
 def flow(network: MeanFlowMLP, features: th.Tensor, actions: th.Tensor, t: th.Tensor, h: th.Tensor) -> th.Tensor:
     """Average over an interval: every action has its own embedding."""
     t, h = (value.expand(*actions.shape[:-1], 1) for value in (t, h))
-    return mlp(network.mlp, actions, features, embedding(t, network.time_embedding) + embedding(h, network.length_embedding))
+    return mlp(network, actions, features, embedding(network, t, h))
 
 
 def sample(model: MFPO, features: th.Tensor, noise: th.Tensor) -> tuple[th.Tensor, th.Tensor]:

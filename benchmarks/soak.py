@@ -23,8 +23,7 @@ from machine import versions
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.logger import configure
 
-from sb3_mfpo import MFPO, SOM, RunCheckpointCallback
-from sb3_mfpo import HealthCallback
+from sb3_mfpo import MFPO, SOM, HealthCallback, RunCheckpointCallback
 
 SIZES: dict[str, Any] = dict(
     buffer_size=20_000,

@@ -438,8 +438,8 @@ def test_a_broken_loss_stops_before_its_step(algorithm: Algorithm, network: str,
     """A network that returns NaN from now on: its own weights must not change."""
     model = make_model(algorithm).learn(20)
     if network:
-        part = {"critic": lambda: model.critic.q_networks[0], "actor": lambda: model.actor.network.mlp}
-        last_layer = part.get(network, lambda: model.divergence.mlp)().body[-1]
+        part = {"critic": lambda: model.critic.q_networks[0], "actor": lambda: model.actor.network}
+        last_layer = part.get(network, lambda: model.divergence)().body[-1]
         handle = last_layer.register_forward_hook(
             lambda module, inputs, output: output * np.nan if th.is_grad_enabled() else output
         )

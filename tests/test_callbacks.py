@@ -13,8 +13,7 @@ from stable_baselines3 import SAC, HerReplayBuffer
 from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.logger import configure
 
-from sb3_mfpo import MFPO
-from sb3_mfpo import HealthCallback
+from sb3_mfpo import MFPO, HealthCallback
 from sb3_mfpo.training.mean_flow import MeanFlowAlgorithm
 from tests.helpers import Algorithm, RandomEnv, make_model
 
@@ -38,7 +37,7 @@ def test_a_shifted_divergence_network_has_the_shift_as_bias() -> None:
     model = make_model(MFPO, seed=0).learn(30)
     before = check(model)
     with th.no_grad():
-        model.divergence.mlp.body[-1].bias += 2.5
+        model.divergence.body[-1].bias += 2.5
     after = check(model)
     assert after["log_prob_bias"] - before["log_prob_bias"] == pytest.approx(2.5, abs=1e-4)
 
@@ -63,9 +62,9 @@ def test_dead_units_bounds_and_saturation(algorithm: Algorithm) -> None:
     assert 0 <= healthy["critic_saturation"] < 0.5 and healthy["actions_at_bounds"] < 1
     with th.no_grad():
         # The layers have 16 and 12 units: 4 of 28 in the actor, 3 of the 56 in both critics
-        for network, n in ((model.actor.network.mlp, 4), (model.critic.q_networks[0], 3)):
+        for network, n in ((model.actor.network, 4), (model.critic.q_networks[0], 3)):
             network.body[0].weight[:n] = 0
-        model.actor.network.mlp.body[-1].bias.fill_(-100)
+        model.actor.network.body[-1].bias.fill_(-100)
         for q_network in model.critic.q_networks:
             q_network.body[-1].weight.zero_()
             q_network.body[-1].bias.copy_(th.tensor([np.log(3.0)] + [0.0] * 9 + [np.log(2.0)]))
@@ -118,7 +117,7 @@ def test_checks_come_at_the_given_steps(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_bias_is_warned_of(shift: float, warns: bool) -> None:
     model = make_model(MFPO, seed=0).learn(30)
     with th.no_grad():
-        model.divergence.mlp.body[-1].bias += shift
+        model.divergence.body[-1].bias += shift
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         check(model, max_bias=2.0)

@@ -30,7 +30,7 @@ from sb3_mfpo.maths.divergence import exact_divergence, hutchinson_divergence
 from sb3_mfpo.maths.paths import linear_path
 from sb3_mfpo.mfpo import mfpo as mfpo_module
 from sb3_mfpo.mfpo.mfpo import GradientStepDraws, MeanFlowDraws
-from sb3_mfpo.nets.flow import MeanFlowMLP, embed_grid
+from sb3_mfpo.nets.flow import MeanFlowMLP, PairLinear, embed_grid
 from sb3_mfpo.nets.layers import MultiInputMLP
 from tests.helpers import RandomEnv
 
@@ -59,33 +59,29 @@ def meta(name: str) -> Any:
 # From Flax's names and layout to ours
 
 
-def flax_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters of one of our networks under the names that the golden file uses."""
+def flax_parameters(module: nn.Module, gradients: bool = False) -> dict[str, th.Tensor]:
+    """Parameters of one of our networks, or their gradients, as views with the names and the layout of the golden file."""
+
+    def of(parameter: nn.Parameter) -> th.Tensor:
+        return parameter.grad if gradients else parameter.data
+
     named = {}
-    mlp = module.mlp if isinstance(module, MeanFlowMLP) else module
-    assert isinstance(mlp, MultiInputMLP)
-    layers = [mlp.input_layer, *mlp.body]
+    assert isinstance(module, MultiInputMLP)
+    layers = [module.input_layer, *module.body]
     dense = [layer for layer in layers if isinstance(layer, nn.Linear)]
     norms = [layer for layer in layers if isinstance(layer, nn.LayerNorm)]
     for i, layer in enumerate(dense):
         # The output layer of a critic has a name of its own
         prefix = "head" if i == len(dense) - 1 and not isinstance(module, MeanFlowMLP) else f"mlp/dense{i}"
-        named |= {f"{prefix}/kernel": layer.weight, f"{prefix}/bias": layer.bias}
+        named |= {f"{prefix}/kernel": of(layer.weight).T, f"{prefix}/bias": of(layer.bias)}
     for i, norm in enumerate(norms):
-        named |= {f"mlp/layernorm{i}/scale": norm.weight, f"mlp/layernorm{i}/bias": norm.bias}
+        named |= {f"mlp/layernorm{i}/scale": of(norm.weight), f"mlp/layernorm{i}/bias": of(norm.bias)}
     if isinstance(module, MeanFlowMLP):
-        for name, embedding in {"t_embedder": module.time_embedding, "h_embedder": module.length_embedding}.items():
-            named[f"{name}/fourier_kernel"] = embedding.frequencies
-            for i, layer in enumerate(layer for layer in embedding.mlp if isinstance(layer, nn.Linear)):
-                named |= {f"{name}/dense{i}/kernel": layer.weight, f"{name}/dense{i}/bias": layer.bias}
+        for k, name in enumerate(("t_embedder", "h_embedder")):
+            named[f"{name}/fourier_kernel"] = of(module.embed.frequencies)[k].view(-1, 1)
+            for i, layer in enumerate(layer for layer in module.embed.mlp if isinstance(layer, PairLinear)):
+                named |= {f"{name}/dense{i}/kernel": of(layer.weight)[k], f"{name}/dense{i}/bias": of(layer.bias)[k, 0]}
     return named
-
-
-def to_flax(name: str, value: th.Tensor) -> th.Tensor:
-    """Kernels are stored (in, out), frequencies as a column."""
-    if name.endswith("/fourier_kernel"):
-        return value.unsqueeze(1)
-    return value.T if name.endswith("/kernel") else value
 
 
 def networks(model: MFPO) -> dict[str, nn.Module]:
@@ -130,8 +126,7 @@ def golden_model(n_equal: int = 0) -> MFPO:
     with th.no_grad():
         for prefix, network in networks(model).items():
             for name, parameter in flax_parameters(network).items():
-                value = GOLDEN[f"{prefix}/{name}"]
-                parameter.copy_(value.flatten() if name.endswith("/fourier_kernel") else to_flax(name, value))
+                parameter.copy_(GOLDEN[f"{prefix}/{name}"])
     return model
 
 
@@ -188,9 +183,8 @@ Outputs = dict[str, th.Tensor]
 def forward_passes(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
     model = golden_model()
     actor, out = model.actor.network, {}
-    for kind, embedding in {"t": actor.time_embedding, "h": actor.length_embedding}.items():
-        out[f"fwd/actor/fourier_{kind}"] = embedding.fourier_features(g[f"fwd/{kind}"])
-        out[f"fwd/actor/embed_{kind}"] = embedding(g[f"fwd/{kind}"])
+    out["fwd/actor/fourier_t"], out["fwd/actor/fourier_h"] = actor.embed.fourier_features(g["fwd/t"], g["fwd/h"])
+    out["fwd/actor/embed_t"], out["fwd/actor/embed_h"] = actor.embed.mlp(actor.embed.fourier_features(g["fwd/t"], g["fwd/h"]))
     features = model.actor.encode(g["fwd/obs"])
     for name, network in {"actor/u": actor, "adn/out": model.divergence}.items():
         out[f"fwd/{name}"] = network(features, g["fwd/act"], network.embed(g["fwd/t"], g["fwd/h"]))
@@ -274,7 +268,7 @@ def critic_gradients(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
         loss.backward()
         for i, network in enumerate(model.critic.q_networks):
             out[f"target/{case}/loss_{i + 1}"] = losses[-1][i]
-            gradients = {name: to_flax(name, p.grad) for name, p in flax_parameters(network).items()}
+            gradients = flax_parameters(network, gradients=True)
             prefix = f"grad_critic_{i + 1}_{case}"
             out |= {f"{prefix}/{name}": value for name, value in gradients.items() if f"{prefix}/{name}" in g}
             if f"{prefix}/global_norm" in g:
@@ -386,8 +380,7 @@ def actor_loss(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
         proposals = g["snis/policy_actions"], g["snis/policy_logp"]
         out[loss_name] = losses_of_a_step(model, draws, proposals, monkeypatch)["actor_loss"]
         out[loss_name].backward()
-    for name, parameter in flax_parameters(model.actor.network).items():
-        out[f"grad_actor/{name}"] = to_flax(name, parameter.grad)
+    out |= {f"grad_actor/{name}": value for name, value in flax_parameters(model.actor.network, gradients=True).items()}
     return out
 
 
@@ -416,8 +409,7 @@ def adn_loss(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
     model.n_policy_samples = 0
     out["adn_loss/loss"] = losses_of_a_step(model, draws, proposals, monkeypatch)["divergence_loss"]
     out["adn_loss/loss"].backward()
-    for name, parameter in flax_parameters(model.divergence).items():
-        out[f"grad_adn/{name}"] = to_flax(name, parameter.grad)
+    out |= {f"grad_adn/{name}": value for name, value in flax_parameters(model.divergence, gradients=True).items()}
     # The divergence's loss must not reach the actor
     assert all(parameter.grad is None for parameter in model.actor.parameters())
     return out
@@ -499,7 +491,7 @@ def whole_update(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
     for prefix, network in networks(model).items():
         for name, parameter in flax_parameters(network).items():
             if f"update/after/{prefix}/{name}" in g:
-                out[f"update/after/{prefix}/{name}"] = to_flax(name, parameter)
+                out[f"update/after/{prefix}/{name}"] = parameter
     out["update/after/log_temp"] = model.log_ent_coef.squeeze()
     return out
 

@@ -30,7 +30,7 @@ def test_paper_defaults() -> None:
     assert th.equal(policy.critic.atoms, th.linspace(-1600, 1600, 101))
     assert policy.net_arch == [256, 256, 256]
     # [action, state, time] and [state, action], three hidden layers
-    assert policy.actor.network.mlp.input_layer.weight.shape == (256, 2 + 3 + 64)
+    assert policy.actor.network.input_layer.weight.shape == (256, 2 + 3 + 64)
     assert [m.out_features for m in policy.critic.q_networks[0].body if isinstance(m, nn.Linear)] == [256, 256, 101]
 
 

@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, prune
 
 from sb3_mfpo.nets import layers
-from sb3_mfpo.nets.flow import MeanFlowMLP, TimeEmbedding, embed_grid
+from sb3_mfpo.nets.flow import IntervalEmbedding, MeanFlowMLP, embed_grid
 from sb3_mfpo.nets.layers import MultiInputMLP, TanhGELU, in_chunks
 
 
@@ -104,14 +104,14 @@ def double_output(network: MeanFlowMLP, name: str) -> None:
 
 
 def prune_first_layer(network: MeanFlowMLP) -> None:
-    prune.l1_unstructured(network.mlp.input_layer, "weight", 0.5)
+    prune.l1_unstructured(network.input_layer, "weight", 0.5)
 
 
 def replace_forward(network: MeanFlowMLP) -> None:
     def tripled(*inputs: th.Tensor) -> th.Tensor:
-        return 3 * MultiInputMLP.forward(network.mlp, *inputs)
+        return 3 * MeanFlowMLP.forward(network, *inputs)
 
-    network.mlp.forward = tripled
+    network.forward = tripled
 
 
 def own_layer(network: MeanFlowMLP) -> None:
@@ -119,7 +119,7 @@ def own_layer(network: MeanFlowMLP) -> None:
         def forward(self, x: th.Tensor) -> th.Tensor:
             return 2 * super().forward(x)
 
-    network.mlp.body[1] = Doubled(16, 12).double()
+    network.body[1] = Doubled(16, 12).double()
 
 
 CHANGES: dict[str, Callable[[MeanFlowMLP], Any]] = {
@@ -127,20 +127,19 @@ CHANGES: dict[str, Callable[[MeanFlowMLP], Any]] = {
         f"hook on {name or 'network'}": partial(double_output, name=name)
         for name in (
             "",
-            "mlp",
-            "mlp.input_layer",
-            "mlp.body",
-            "mlp.body.0",
-            "mlp.body.1",
-            "time_embedding",
-            "time_embedding.mlp.0",
+            "input_layer",
+            "body",
+            "body.0",
+            "body.1",
+            "embed",
+            "embed.mlp.0",
         )
     },
-    "backward hook": lambda network: network.mlp.register_full_backward_hook(lambda *args: None),
+    "backward hook": lambda network: network.register_full_backward_hook(lambda *args: None),
     "pruned first layer": prune_first_layer,
-    "weight norm": lambda network: parametrizations.weight_norm(network.mlp.input_layer),
-    "old weight norm": lambda network: nn.utils.weight_norm(network.mlp.body[1]),
-    "spectral norm": lambda network: parametrizations.spectral_norm(network.mlp.body[1]),
+    "weight norm": lambda network: parametrizations.weight_norm(network.input_layer),
+    "old weight norm": lambda network: nn.utils.weight_norm(network.body[1]),
+    "spectral norm": lambda network: parametrizations.spectral_norm(network.body[1]),
     "forward of the instance": replace_forward,
     "own layer": own_layer,
     "constant": lambda network: network.register_forward_hook(lambda *args: th.ones(9, 2).double()),
@@ -242,10 +241,21 @@ def test_gelu_is_the_same_function_on_both_paths() -> None:
 
 
 def test_fourier_features_are_cosines_then_sines() -> None:
-    embedding = TimeEmbedding(4, 3, nn.Tanh)
+    """Of t and of h, each with frequencies of its own."""
+    embedding = IntervalEmbedding(4, 3, nn.Tanh)
     with th.no_grad():
-        embedding.frequencies.copy_(th.tensor([0.0, 1.0]))
-    assert th.allclose(embedding.fourier_features(th.tensor([[0.25]])), th.tensor([[1.0, 0.0, 0.0, 1.0]]), atol=1e-6)
+        embedding.frequencies.copy_(th.tensor([[0.0, 1.0], [0.5, 2.0]])[:, None, None])
+    features = embedding.fourier_features(th.tensor([[0.25], [0.0]]), th.tensor([[1.0], [0.0]]))
+    assert th.allclose(features[:, 0], th.tensor([[1.0, 0.0, 0.0, 1.0], [-1.0, 1.0, 0.0, 0.0]]), atol=1e-6)
+    assert th.equal(features[:, 1], th.tensor([[1.0, 1.0, 0.0, 0.0]] * 2))
+
+
+def test_an_interval_is_embedded_as_the_sum_of_two_embeddings() -> None:
+    network = MeanFlowMLP(4, 3, 2, [16, 12], TanhGELU, True, 8, 6, instantaneous=False)
+    t, h = th.rand(2, 5, 7, 1)
+    for parameter in network.embed.parameters():
+        nn.init.normal_(parameter)
+    assert th.allclose(network.embed(t, h), plain.embedding(network, t, h), atol=1e-5)
 
 
 def test_initialisation() -> None:
@@ -257,5 +267,8 @@ def test_initialisation() -> None:
             bound = (6 / (fan_in + fan_out)) ** 0.5
             assert 0.9 * bound < layer.weight.abs().max() <= bound
             assert (layer.bias == 0).all()
-    frequencies = th.cat([network.time_embedding.frequencies, network.length_embedding.frequencies])
-    assert 0.1 < frequencies.std() < 0.3
+    assert ((0.1 < network.embed.frequencies.std(dim=-1)) & (network.embed.frequencies.std(dim=-1) < 0.3)).all()
+    for layer, fan_in in ((network.embed.mlp[0], 64), (network.embed.mlp[2], 32)):
+        bound = (6 / (fan_in + 32)) ** 0.5
+        assert ((0.9 * bound < layer.weight.abs().amax(dim=(1, 2))) & (layer.weight.abs().amax(dim=(1, 2)) <= bound)).all()
+        assert (layer.bias == 0).all()

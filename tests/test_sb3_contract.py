@@ -259,7 +259,7 @@ def test_custom_policy_kwargs_survive_saving(algorithm: Algorithm, tmp_path: Pat
     policy = loaded.policy
     assert (policy.sampling_steps, policy.n_action_candidates, len(policy.critic.q_networks)) == (3, 4, 3)
     assert policy.critic.atoms.tolist() == pytest.approx([-300.0, -125.0, 50.0, 225.0, 400.0])
-    assert policy.actor.network.mlp.input_layer.weight.shape == (10, 2 + 6 + 3)
+    assert policy.actor.network.input_layer.weight.shape == (10, 2 + 6 + 3)
     assert isinstance(policy.actor.optimizer, th.optim.AdamW)
     assert (policy.critic.features_extractor is policy.actor.features_extractor) == share
     assert policy.critic_target.features_extractor is not policy.actor.features_extractor
@@ -442,7 +442,7 @@ def test_sampling_steps_can_be_changed_without_retraining(algorithm: Algorithm, 
     model.policy.n_action_candidates = steps + 2
     assert model.policy.sampling_steps == steps
     calls = []
-    handle = model.actor.network.mlp.body.register_forward_hook(lambda *args: calls.append(None))
+    handle = model.actor.network.body.register_forward_hook(lambda *args: calls.append(None))
     for deterministic in (False, True):
         calls.clear()
         action, _ = model.predict(observations_for(model, 1), deterministic=deterministic)
@@ -504,8 +504,8 @@ def test_same_seed_same_training(algorithm: Algorithm) -> None:
     assert_equal(state_of(first), state_of(second))
     assert np.array_equal(first.replay_buffer.actions, second.replay_buffer.actions)
     assert not th.equal(
-        make_model(algorithm, seed=4).policy.actor.network.mlp.input_layer.weight,
-        make_model(algorithm, seed=5).policy.actor.network.mlp.input_layer.weight,
+        make_model(algorithm, seed=4).policy.actor.network.input_layer.weight,
+        make_model(algorithm, seed=5).policy.actor.network.input_layer.weight,
     )
 
 
@@ -731,7 +731,7 @@ def write_to_data(network: nn.Module, weights: dict[str, th.Tensor]) -> None:
 
 def edit_one(network: nn.Module, weights: dict[str, th.Tensor]) -> None:
     """A number in the middle, past autograd."""
-    network.get_parameter("network.length_embedding.mlp.2.weight").data[3, 2] += 5.0
+    network.get_parameter("network.embed.mlp.2.weight").data[1, 2, 3] += 5.0
 
 
 @pytest.mark.parametrize("change", [assign, write_to_data, edit_one], ids=lambda change: change.__name__)
@@ -871,7 +871,7 @@ def test_hooks_fire_in_prediction_and_training(algorithm: Algorithm) -> None:
         handle.remove()
 
 
-@pytest.mark.parametrize("part", ["", "network", "network.mlp", "network.mlp.input_layer", "network.mlp.body.3"])
+@pytest.mark.parametrize("part", ["", "network", "network.input_layer", "network.body.3"])
 def test_hooks_may_replace_outputs(algorithm: Algorithm, part: str) -> None:
     """As in the ablation of a unit."""
     model = make_model(algorithm).learn(12)
@@ -898,7 +898,7 @@ def prune_every_second_input(layer: nn.Module) -> None:
 def test_a_changed_first_layer_trains_on(algorithm: Algorithm, change: Any) -> None:
     """Pruned weights stay 0 in every use; after training, a sample uses the weights as they are then."""
     model = make_model(algorithm, seed=0).learn(12)
-    layer = model.actor.network.mlp.input_layer
+    layer = model.actor.network.input_layer
     change(layer)
     model.learn(20, reset_num_timesteps=False)
     observations = observations_for(model)
@@ -1049,7 +1049,7 @@ def test_optimizers(algorithm: Algorithm, policy_kwargs: dict[str, Any]) -> None
 def _trains(algorithm: Algorithm, policy_kwargs: dict[str, Any]) -> None:
     """Every trained network moves, and acts."""
     model = make_model(algorithm, policy_kwargs=policy_kwargs, seed=0).learn(10)
-    layers = [model.actor.network.mlp.input_layer, model.critic.q_networks[0].input_layer]
+    layers = [model.actor.network.input_layer, model.critic.q_networks[0].input_layer]
     before = [layer.weight.clone() for layer in layers]
     model.learn(10, reset_num_timesteps=False)
     assert not any(th.equal(layer.weight, weight) for layer, weight in zip(layers, before, strict=True))
@@ -1073,10 +1073,10 @@ def test_a_quantized_policy_acts_nearly_the_same(algorithm: Algorithm) -> None:
 def test_a_part_may_be_frozen(algorithm: Algorithm) -> None:
     model = make_model(algorithm, policy_kwargs=dict(features_extractor_class=SmallExtractor), seed=0).learn(12)
     extractor, network = model.actor.features_extractor.requires_grad_(False), model.actor.network
-    before = extractor.layers[0].weight.clone(), network.mlp.input_layer.weight.clone()
+    before = extractor.layers[0].weight.clone(), network.input_layer.weight.clone()
     extractor.zero_grad(set_to_none=True)
     model.learn(10, reset_num_timesteps=False)
-    assert th.equal(before[0], extractor.layers[0].weight) and not th.equal(before[1], network.mlp.input_layer.weight)
+    assert th.equal(before[0], extractor.layers[0].weight) and not th.equal(before[1], network.input_layer.weight)
 
 
 # Callbacks, logging, evaluation

@@ -34,7 +34,7 @@ def test_an_action_takes_one_evaluation(deterministic: bool, rows: int) -> None:
     """Of the actor: one row for a sample, one batch for the best of ten. The critics see the candidates in one batch too."""
     model = make_model(SOM).learn(12)
     batches: dict[str, list[int]] = {"actor": [], "critic": []}
-    for name, network in (("actor", model.actor.network.mlp), ("critic", model.critic_target.q_networks[0])):
+    for name, network in (("actor", model.actor.network), ("critic", model.critic_target.q_networks[0])):
         network.body.register_forward_hook(
             lambda module, inputs, output, name=name: batches[name].append(output[..., 0].numel())
         )
@@ -165,8 +165,8 @@ def test_the_loss_is_that_of_the_equations(kwargs: dict[str, Any], monkeypatch: 
         squared = squared / (squared.detach().sum(1, keepdim=True) + 1e-3)
     assert loss.item() == pytest.approx(squared.mean().item(), rel=1e-3)
     # The gradient is that of the regression
-    expected = th.autograd.grad(squared.mean(), list(model.actor.network.mlp.parameters()))
-    actual = th.autograd.grad(loss, list(model.actor.network.mlp.parameters()))
+    expected = th.autograd.grad(squared.mean(), list(model.actor.network.parameters()))
+    actual = th.autograd.grad(loss, list(model.actor.network.parameters()))
     for one_gradient, other in zip(actual, expected, strict=True):
         assert th.allclose(one_gradient, other, rtol=1e-2, atol=1e-4 * other.abs().max().item())
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sb3_mfpo.maths import categorical
-from sb3_mfpo.nets.layers import MultiInputMLP, in_chunks, init_linear_layers
+from sb3_mfpo.nets.layers import MultiInputMLP, in_chunks
 
 
 class Critic(BaseModel):
@@ -60,7 +60,6 @@ class Critic(BaseModel):
             MultiInputMLP([features_dim, get_action_dim(action_space)], 0, output_dim, net_arch, activation_fn, layer_norm)
             for _ in range(n_critics)
         )
-        init_linear_layers(self.q_networks)
 
     def encode(self, observations: PyTorchObs) -> th.Tensor:
         """

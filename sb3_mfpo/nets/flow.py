@@ -1,9 +1,15 @@
-"""The network of a state, a noisy action and a time interval, and the mean-flow actor on top of it."""
+"""
+The network of a state, a noisy action and a time interval, its tangents, and the mean-flow actor on top of it.
+
+The network can be linearised: one forward pass gives the output and a function that multiplies the Jacobian by tangents. The
+activations of that pass serve both the gradient and any number of tangents, which carry no gradient themselves.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
 from typing import Any
 
 import torch as th
@@ -11,30 +17,49 @@ from gymnasium import spaces
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
+from torch.nn import functional as F
 
 from sb3_mfpo.maths.mean_flow import few_step_sample
 from sb3_mfpo.nets.actor import GenerativeActor
-from sb3_mfpo.nets.layers import (
-    ALL_ROWS,
-    JVP,
-    BroadcastLinear,
-    MultiInputMLP,
-    differentiate,
-    has_global_hooks,
-    in_chunks,
-    init_linear_layers,
-    is_bare,
-    linearize,
-)
+from sb3_mfpo.nets.layers import BroadcastLinear, MultiInputMLP, TanhGELU, in_chunks
+
+# Carries a tangent of some rows of a point to the tangent of the output, without gradient. The rows index the point.
+JVP = Callable[[th.Tensor, Any], th.Tensor]
+ALL_ROWS = slice(None)
 
 
-class TimeEmbedding(nn.Module):
+class PairLinear(nn.Module):
     """
-    Embedding of a time: learned Fourier features followed by a small MLP (paper, App. on implementation details).
+    Two linear layers side by side, as one batched product.
 
-    :param fourier_dim: Number of Fourier features, cosines and sines together (even)
-    :param embedding_dim: Width of both layers of the MLP, and of its output
+    :param in_features: Size of the input
+    :param out_features: Size of the output
+    """
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        # The authors' initialisation, as that of all linear layers
+        bound = math.sqrt(6 / (in_features + out_features))
+        self.weight = nn.Parameter(th.empty(2, in_features, out_features).uniform_(-bound, bound))
+        self.bias = nn.Parameter(th.zeros(2, 1, out_features))
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        """
+        :param x: shape (2, B, in_features)
+        :return: shape (2, B, out_features)
+        """
+        return th.baddbmm(self.bias, x, self.weight)
+
+
+class IntervalEmbedding(nn.Module):
+    """
+    Embedding of a time interval [r, t]: the sum of one of t and one of h = t - r, each of them learned Fourier features
+    followed by a small MLP (paper, App. on implementation details).
+
+    :param fourier_dim: Number of Fourier features of each, cosines and sines together (even)
+    :param embedding_dim: Width of both layers of the MLPs, and of the embedding
     :param activation_fn: Makes the activation between the two layers
+    :param instantaneous: Ignore the length of the interval
     """
 
     # Standard deviation of the initial frequencies (authors' code)
@@ -42,56 +67,61 @@ class TimeEmbedding(nn.Module):
 
     phases: th.Tensor
 
-    def __init__(self, fourier_dim: int, embedding_dim: int, activation_fn: Callable[[], nn.Module]):
+    def __init__(
+        self, fourier_dim: int, embedding_dim: int, activation_fn: Callable[[], nn.Module], instantaneous: bool = False
+    ):
         super().__init__()
-        self.frequencies = nn.Parameter(self.FREQUENCY_STD * th.randn(fourier_dim // 2))
+        self.instantaneous = instantaneous
+        self.frequencies = nn.Parameter(self.FREQUENCY_STD * th.randn(2, 1, 1, fourier_dim // 2))
         # A cosine is a sine a quarter of a turn later
         self.register_buffer("phases", th.tensor([[math.pi / 2], [0.0]]), persistent=False)
         self.mlp = nn.Sequential(
-            nn.Linear(fourier_dim, embedding_dim),
-            activation_fn(),
-            nn.Linear(embedding_dim, embedding_dim),
+            PairLinear(fourier_dim, embedding_dim), activation_fn(), PairLinear(embedding_dim, embedding_dim)
         )
 
-    def forward(self, time: th.Tensor) -> th.Tensor:
+    def forward(self, t: th.Tensor, h: th.Tensor) -> th.Tensor:
         """
-        :param time: shape (..., 1)
+        :param t: End of the interval in [0, 1], shape (..., 1)
+        :param h: Its length in [0, t], shape (..., 1)
         :return: shape (..., embedding_dim)
         """
-        return self.mlp(self.fourier_features(time))
+        return self.mlp(self.fourier_features(t, h)).sum(dim=0).view(*t.shape[:-1], -1)
 
-    def fourier_features(self, time: th.Tensor) -> th.Tensor:
+    def fourier_features(self, t: th.Tensor, h: th.Tensor) -> th.Tensor:
         """
         Cosines, then sines, of ``2 pi time * frequency``.
 
-        :param time: Times or time differences in [0, 1], shape (..., 1)
-        :return: Features in [-1, 1], shape (..., fourier_dim)
+        :param t: End of the interval in [0, 1], shape (..., 1)
+        :param h: Its length in [0, t], shape (..., 1)
+        :return: Features of t and of h in [-1, 1], shape (2, B, fourier_dim)
         """
-        return self._angles(time).sin().flatten(-2)
+        return self._angles(t, h).sin().flatten(-2)
 
-    def _angles(self, time: th.Tensor) -> th.Tensor:
-        # One sine for both: operators are what a single action pays for
-        return th.addcmul(self.phases, time.unsqueeze(-1), self.frequencies, value=2 * math.pi)
+    def _times(self, t: th.Tensor, h: th.Tensor) -> th.Tensor:
+        return th.stack([t, th.zeros_like(h) if self.instantaneous else h]).view(2, -1, 1, 1)
 
-    def linearize(self, time: th.Tensor) -> tuple[th.Tensor, JVP]:
+    def _angles(self, t: th.Tensor, h: th.Tensor) -> th.Tensor:
+        return th.addcmul(self.phases, self._times(t, h), self.frequencies, value=2 * math.pi)
+
+    def linearize(self, t: th.Tensor, h: th.Tensor) -> tuple[th.Tensor, JVP]:
         """
-        By hand, for bare modules alone: see ``MeanFlowMLP.linearize``.
+        By hand, for networks that ``is_bare`` alone.
 
-        :param time: shape (B, ..., 1)
-        :return: The embedding, and the function that carries a tangent of the time to that of the embedding
+        :param t: End of the interval in [0, 1], shape (B, ..., 1)
+        :param h: Its length in [0, t], shape (B, ..., 1)
+        :return: The embedding; the function that carries a tangent of t, which as r is fixed is that of h, too
         """
-        angles = self._angles(time)
-        output, jvp = linearize(self.mlp, angles.sin().flatten(-2))
+        angles = self._angles(t, h)
+        output, jvp = linearize_layers(self.mlp, angles.sin().flatten(-2))
 
-        @th.no_grad()
-        def jvp_of_time(tangent: th.Tensor, rows: slice = ALL_ROWS) -> th.Tensor:
-            speed = 2 * math.pi * tangent.unsqueeze(-1) * self.frequencies
-            return jvp((angles.detach()[rows].cos() * speed).flatten(-2), rows)
+        def jvp_of_time(tangent: th.Tensor, rows: Any) -> th.Tensor:
+            speed = 2 * math.pi * self._times(tangent, tangent) * self.frequencies
+            return jvp((angles[:, rows].cos() * speed).flatten(-2), (ALL_ROWS, rows)).sum(dim=0)
 
-        return output, jvp_of_time
+        return output.sum(dim=0).view(*t.shape[:-1], -1), jvp_of_time
 
 
-class MeanFlowMLP(nn.Module):
+class MeanFlowMLP(MultiInputMLP):
     """
     Network of a state, a noisy action and a time interval [r, t]: the mean-flow actor and the average divergence network.
 
@@ -102,7 +132,7 @@ class MeanFlowMLP(nn.Module):
     :param activation_fn: Makes the activations
     :param layer_norm: Whether to use LayerNorm in the hidden layers
     :param time_fourier_dim: Number of Fourier features of each of t and t - r
-    :param time_embedding_dim: Size of their embeddings, which are added
+    :param time_embedding_dim: Size of the interval's embedding
     :param instantaneous: Ignore the interval's length and return the value at t, as in flow matching (an ablation)
     """
 
@@ -118,17 +148,13 @@ class MeanFlowMLP(nn.Module):
         time_embedding_dim: int,
         instantaneous: bool,
     ):
-        super().__init__()
-        self.instantaneous = instantaneous
-        self.time_embedding = TimeEmbedding(time_fourier_dim, time_embedding_dim, activation_fn)
-        self.length_embedding = TimeEmbedding(time_fourier_dim, time_embedding_dim, activation_fn)
         # The bias goes with the state's features
-        self.mlp = MultiInputMLP(
-            [action_dim, features_dim, time_embedding_dim], 1, output_dim, net_arch, activation_fn, layer_norm
-        )
-        init_linear_layers(self)
+        super().__init__([action_dim, features_dim, time_embedding_dim], 1, output_dim, net_arch, activation_fn, layer_norm)
+        self.embed = IntervalEmbedding(time_fourier_dim, time_embedding_dim, activation_fn, instantaneous)
 
-    def forward(self, features: th.Tensor, noisy_actions: th.Tensor, interval: th.Tensor) -> th.Tensor:
+    def forward(  # type: ignore[override]
+        self, features: th.Tensor, noisy_actions: th.Tensor, interval: th.Tensor
+    ) -> th.Tensor:
         """
         All leading dimensions broadcast: features of shape (B, 1, S) serve K actions each, of shape (B, K, d), and an interval
         of shape (1, E) serves them all.
@@ -139,15 +165,7 @@ class MeanFlowMLP(nn.Module):
         :return: Average over the interval, shape (..., output_dim)
         """
         # Within `autocast` layers return fewer digits
-        return self.mlp(noisy_actions, features, interval).to(noisy_actions.dtype)
-
-    def embed(self, t: th.Tensor, h: th.Tensor) -> th.Tensor:
-        """
-        :param t: End of the interval in [0, 1] (t = 1 is noise, t = 0 is the action), shape (..., 1)
-        :param h: Length h = t - r of the interval in [0, t], shape (..., 1)
-        :return: Embedding of the interval, shape (..., time_embedding_dim)
-        """
-        return self.time_embedding(t) + self.length_embedding(th.zeros_like(h) if self.instantaneous else h)
+        return super().forward(noisy_actions, features, interval).to(noisy_actions.dtype)
 
     def linearize(
         self, features: th.Tensor, noisy_actions: th.Tensor, t: th.Tensor, h: th.Tensor
@@ -161,31 +179,136 @@ class MeanFlowMLP(nn.Module):
             ``(action_tangent, time_tangent=None, rows=slice(None))``, the time tangent being that of t and, as r is fixed, of
             h
         """
-        if not self._is_bare():
-            return linearize_call(self, features, noisy_actions, t, h)
-        t_embedding, jvp_of_t = self.time_embedding.linearize(t)
-        length_embedding, jvp_of_h = self.length_embedding.linearize(th.zeros_like(h) if self.instantaneous else h)
-        output, jvp = self.mlp.linearize(noisy_actions, features, t_embedding + length_embedding)
+        if not is_bare(self):
+            return self._linearize_calls(features, noisy_actions, t, h)
+        interval, jvp_of_interval = self.embed.linearize(t, h)
+        output, jvp_of_hidden = linearize_layers(self.body, self.input_layer(noisy_actions, features, interval))
+        action_weight, _, interval_weight = self.input_layer.weight.split(self.input_layer.input_dims, dim=1)
 
-        def jvp_all(action_tangent: th.Tensor, time_tangent: th.Tensor | None = None, rows: slice = ALL_ROWS) -> th.Tensor:
+        @th.no_grad()
+        def jvp(action_tangent: th.Tensor, time_tangent: th.Tensor | None = None, rows: slice = ALL_ROWS) -> th.Tensor:
+            tangent = F.linear(action_tangent, action_weight)
+            if time_tangent is not None:
+                tangent = tangent + F.linear(jvp_of_interval(time_tangent, rows), interval_weight)
+            return jvp_of_hidden(tangent, rows)
+
+        return output, jvp
+
+    def _linearize_calls(
+        self, features: th.Tensor, noisy_actions: th.Tensor, t: th.Tensor, h: th.Tensor
+    ) -> tuple[th.Tensor, Callable[..., th.Tensor]]:
+        # One point of all that moves
+        times = [time.expand(*noisy_actions.shape[:-1], 1) for time in (t, h)]
+        point = th.cat([noisy_actions, *times], dim=-1)
+
+        def call(point: th.Tensor) -> th.Tensor:
+            noisy_actions, t, h = point.split([point.shape[-1] - 2, 1, 1], dim=-1)
+            return self(features, noisy_actions, self.embed(t, h))
+
+        output, jvp_of_point = linearize_function(call, point)
+
+        def jvp(action_tangent: th.Tensor, time_tangent: th.Tensor | None = None, rows: slice = ALL_ROWS) -> th.Tensor:
             if time_tangent is None:
-                return jvp(action_tangent, None, None, rows=rows)
-            embedding_tangent = jvp_of_t(time_tangent, rows)
-            if not self.instantaneous:
-                embedding_tangent = embedding_tangent + jvp_of_h(time_tangent, rows)
-            return jvp(action_tangent, None, embedding_tangent, rows=rows)
+                time_tangent = th.zeros_like(action_tangent[..., :1])
+            return jvp_of_point(th.cat([action_tangent, time_tangent, time_tangent], dim=-1), rows)
 
-        return output, jvp_all
+        return output, jvp
 
-    def _is_bare(self) -> bool:
-        if has_global_hooks() or th.is_autocast_enabled(self.time_embedding.frequencies.device.type):
+
+def is_bare(network: nn.Module) -> bool:
+    """
+    Whether calling a network does what the classes of its modules say and nothing else, so that it may be differentiated by
+    hand. Pruning and gradient hooks are hooks, too.
+
+    :param network: Any module
+    :return: Whether none of its modules has hooks, parametrizations or a ``forward`` of its own, and nothing is cast
+    """
+    formulas = {kind: kind.forward for kind in (MeanFlowMLP, IntervalEmbedding, PairLinear, BroadcastLinear, nn.Sequential)}
+    for module in network.modules():
+        hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        if hooks or "forward" in module.__dict__ or "parametrizations" in module._modules:
             return False
-        formulas = {kind: kind.forward for kind in (MeanFlowMLP, TimeEmbedding, MultiInputMLP, BroadcastLinear, nn.Sequential)}
-        return all(
-            is_bare(module)
-            and all(type(module).forward is forward for kind, forward in formulas.items() if isinstance(module, kind))
-            for module in self.modules()
-        )
+        if any(type(module).forward is not forward for kind, forward in formulas.items() if isinstance(module, kind)):
+            return False
+    device = next(network.parameters()).device.type
+    return not (nn.modules.module._has_any_global_hook() or th.is_autocast_enabled(device))
+
+
+def linearize_layers(layers: Iterable[nn.Module], x: th.Tensor) -> tuple[th.Tensor, JVP]:
+    """
+    Output of a chain of bare layers, and the product of its Jacobian with tangents.
+
+    :param layers: Layers that act on the last dimension, row by row
+    :param x: Input, shape (B, ..., input_dim)
+    :return: Output, shape (B, ..., output_dim); the function that carries a tangent, shape (rows, ..., input_dim) or
+        (N, rows, ..., input_dim)
+    """
+    jvps = []
+    for layer in layers:
+        x, jvp = _linearize_layer(layer, x)
+        jvps.append(jvp)
+
+    @th.no_grad()
+    def jvp_of_all(tangent: th.Tensor, rows: Any) -> th.Tensor:
+        return reduce(lambda value, jvp: jvp(value, rows), jvps, tangent)
+
+    return x, jvp_of_all
+
+
+def _linearize_layer(layer: nn.Module, x: th.Tensor) -> tuple[th.Tensor, JVP]:
+    point = x.detach()
+    if type(layer) is nn.Linear:
+        return layer(x), lambda tangent, rows: F.linear(tangent, layer.weight)
+    if type(layer) is PairLinear:
+        return layer(x), lambda tangent, rows: tangent @ layer.weight
+    if type(layer) is TanhGELU:
+        return layer(x), lambda tangent, rows: th.ops.aten.gelu_backward(tangent, point[rows], approximate="tanh")
+    if type(layer) is nn.LayerNorm and layer.elementwise_affine:
+        output, mean, scale = th.native_layer_norm(x, layer.normalized_shape, layer.weight, layer.bias, layer.eps)
+
+        def jvp(tangent: th.Tensor, rows: Any) -> th.Tensor:
+            normalised = (point[rows] - mean[rows]) * scale[rows]
+            centred = tangent - tangent.mean(dim=-1, keepdim=True)
+            along = (centred * normalised).mean(dim=-1, keepdim=True)
+            return th.addcmul(centred, normalised, along, value=-1) * (scale[rows] * layer.weight)
+
+        return output, jvp
+    # Whatever a user has chosen as activation
+    return linearize_function(layer, x)
+
+
+@th.compiler.disable
+def linearize_function(function: Callable[[th.Tensor], th.Tensor], x: th.Tensor) -> tuple[th.Tensor, JVP]:
+    """
+    Output of any function, and the product of its Jacobian with tangents, both from the same evaluation: hooks run once, and
+    random numbers are drawn once. The gradient of ``J^T w`` with respect to ``w`` is J.
+
+    :param function: Any function that works row by row and that autograd can differentiate twice
+    :param x: Its argument, shape (B, ..., input_dim)
+    :return: As ``linearize_layers``
+    """
+    with_gradient = th.is_grad_enabled()
+    with th.enable_grad():
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        # The function gets a copy, as it may work in place
+        output = function(x.clone())
+        cotangent = th.zeros_like(output, requires_grad=True)
+        # What is added has derivative 0, which a constant lacks
+        (product,) = th.autograd.grad(output + 0 * x.sum(), x, cotangent, create_graph=True)
+
+    def jvp_of_one(tangent: th.Tensor, rows: Any) -> th.Tensor:
+        # The other rows stay as they are
+        vector = th.zeros_like(product)
+        vector[rows] = tangent
+        return th.autograd.grad(product, cotangent, vector, retain_graph=True)[0][rows]
+
+    @th.no_grad()
+    def jvp(tangent: th.Tensor, rows: Any) -> th.Tensor:
+        if tangent.dim() == x.dim():
+            return jvp_of_one(tangent, rows)
+        return th.stack([jvp_of_one(one, rows) for one in tangent])
+
+    return (output if with_gradient else output.detach()), jvp
 
 
 class MeanFlowActor(GenerativeActor):
@@ -291,30 +414,6 @@ class MeanFlowActor(GenerativeActor):
             without gradient
         """
         return self.linearize(features, noisy_actions, t, th.zeros_like(t))
-
-
-def linearize_call(
-    module: nn.Module, features: th.Tensor, noisy_actions: th.Tensor, t: th.Tensor, h: th.Tensor
-) -> tuple[th.Tensor, Callable[..., th.Tensor]]:
-    """
-    ``MeanFlowMLP.linearize`` of anything that is called like one, by automatic differentiation.
-
-    :param module: Has the ``forward`` and ``embed`` of ``MeanFlowMLP``
-    :param features: State features, shape (B, ..., features_dim)
-    :param noisy_actions: Points on the flow's path, shape (B, ..., action_dim)
-    :param t: End of the interval in [0, 1], shape (B, ..., 1)
-    :param h: Length h = t - r of the interval in [0, t], shape (B, ..., 1)
-    :return: As ``MeanFlowMLP.linearize``
-    """
-    embed: Any = module.embed
-    output, jvp_of_points = differentiate(
-        lambda noisy_actions, t, h: module(features, noisy_actions, embed(t, h)), noisy_actions, t, h
-    )
-
-    def jvp_all(action_tangent: th.Tensor, time_tangent: th.Tensor | None = None, rows: slice = ALL_ROWS) -> th.Tensor:
-        return jvp_of_points(action_tangent, time_tangent, time_tangent, rows=rows)
-
-    return output, jvp_all
 
 
 def embed_grid(network: nn.Module, times: th.Tensor) -> tuple[th.Tensor, ...]:

@@ -1,14 +1,9 @@
-"""
-Network building blocks: the time embedding and multilayer perceptrons whose inputs broadcast.
-
-Networks here can be linearised: one forward pass gives the output and a function that multiplies the Jacobian by tangents. The
-activations of that pass serve both the gradient and any number of tangents, which carry no gradient themselves.
-"""
+"""Network building blocks: GELU, evaluation in chunks, multilayer perceptrons whose inputs broadcast, initialisation."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any
 
@@ -22,10 +17,6 @@ LAYER_NORM_EPS = 1e-6
 CACHED_ROWS = 1024
 # Numbers from which on the arithmetic of an activation costs more than the calls
 MANY_NUMBERS = 2**14
-
-# Takes a tangent, and the rows of the leading dimension that it belongs to
-JVP = Callable[[th.Tensor, slice], th.Tensor]
-ALL_ROWS = slice(None)
 
 
 def is_traced() -> bool:
@@ -83,129 +74,6 @@ def in_chunks(
     return tuple(th.cat(parts) for parts in zip(*outputs, strict=True))
 
 
-def is_bare(module: nn.Module) -> bool:
-    """
-    Whether calling a module does what its class says and nothing else, so that its formula may be differentiated by hand.
-
-    :param module: Any module; its children are not looked at
-    :return: Whether it has no hooks (pruning and gradient hooks are some), no parametrizations and no ``forward`` of its own
-    """
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return not (hooks or "forward" in module.__dict__ or "parametrizations" in module._modules)
-
-
-def has_global_hooks() -> bool:
-    """
-    :return: Whether hooks are registered that run at calls of all modules
-    """
-    module = nn.modules.module
-    return bool(
-        module._global_forward_hooks
-        or module._global_forward_pre_hooks
-        or module._global_backward_hooks
-        or module._global_backward_pre_hooks
-    )
-
-
-def linearize(layers: Iterable[nn.Module], x: th.Tensor) -> tuple[th.Tensor, JVP]:
-    """
-    Output of a chain of bare layers, and the product of its Jacobian with tangents.
-
-    :param layers: Layers that act on the last dimension, row by row
-    :param x: Input, shape (B, ..., input_dim)
-    :return: Output, shape (B, ..., output_dim); the function that carries a tangent of some rows of the input, shape
-        (N, rows, ..., input_dim) or (rows, ..., input_dim), to that of the output, without gradient
-    """
-    jvps = []
-    for layer in layers:
-        x, jvp = _linearize_layer(layer, x)
-        jvps.append(jvp)
-
-    @th.no_grad()
-    def jvp_all(tangent: th.Tensor, rows: slice = ALL_ROWS) -> th.Tensor:
-        return reduce(lambda value, jvp: jvp(value, rows), jvps, tangent)
-
-    return x, jvp_all
-
-
-def _linearize_layer(layer: nn.Module, x: th.Tensor) -> tuple[th.Tensor, JVP]:
-    point = x.detach()
-    if type(layer) is nn.Linear:
-        return layer(x), lambda tangent, rows: F.linear(tangent, layer.weight)
-    if type(layer) is TanhGELU:
-        return layer(x), lambda tangent, rows: th.ops.aten.gelu_backward(tangent, point[rows], approximate="tanh")
-    if type(layer) is nn.LayerNorm and layer.elementwise_affine:
-        shape: Any = layer.normalized_shape
-        output, mean, rstd = th.native_layer_norm(x, shape, layer.weight, layer.bias, layer.eps)
-
-        def jvp(tangent: th.Tensor, rows: slice) -> th.Tensor:
-            # The Jacobian of the normalisation itself is symmetric, so that its backward is its forward
-            saved = [value.detach()[rows].expand(*tangent.shape[:-1], -1).contiguous() for value in (point, mean, rstd)]
-            backward = th.ops.aten.native_layer_norm_backward
-            normalised = backward(tangent, saved[0], shape, saved[1], saved[2], None, None, [True, False, False])[0]
-            return normalised * layer.weight
-
-        return output, jvp
-    # Whatever a user has chosen as activation
-    output, jvp_of_points = differentiate(layer, x)
-    return output, lambda tangent, rows: jvp_of_points(tangent, rows=rows)
-
-
-@th.compiler.disable
-def differentiate(function: Callable[..., th.Tensor], *points: th.Tensor) -> tuple[th.Tensor, Callable[..., th.Tensor]]:
-    """
-    Output of any function, and the product of its Jacobian with tangents, both from the same evaluation: hooks run once, and
-    random numbers are drawn once. The gradient of ``J^T w`` with respect to ``w`` is J.
-
-    :param function: Any function of the points that autograd can differentiate twice
-    :param points: Tensors, of which the leading dimension of the first one counts the rows
-    :return: The output; the function that carries tangents of the points (None for those that stay as they are) and the rows
-        that they belong to (by keyword, all by default) to the tangent of the output, without gradient
-    """
-    with_gradient = th.is_grad_enabled()
-    with th.enable_grad():
-        points = tuple(point if point.requires_grad else point.detach().requires_grad_() for point in points)
-        # The function gets copies, as it may work in place
-        output = function(*(point.clone() for point in points))
-        cotangent = th.zeros_like(output, requires_grad=True)
-        if output.requires_grad:
-            products = th.autograd.grad(output, points, cotangent, create_graph=True, materialize_grads=True)
-        else:
-            products = tuple(th.zeros_like(point) for point in points)
-
-    @th.no_grad()
-    def jvp_of_points(*tangents: th.Tensor | None, rows: slice = ALL_ROWS) -> th.Tensor:
-        given = [(product, tangent) for product, tangent in zip(products, tangents, strict=True) if tangent is not None]
-        product, tangent = given[0]
-        if tangent.dim() == product.dim():
-            return jvp_of_one(given, rows)
-        return th.stack([jvp_of_one([(product, vectors[n]) for product, vectors in given], rows) for n in range(len(tangent))])
-
-    def jvp_of_one(given: list[tuple[th.Tensor, th.Tensor]], rows: slice) -> th.Tensor:
-        moving = [(product, tangent) for product, tangent in given if product.requires_grad]
-        if not moving:
-            return th.zeros_like(output[rows])
-        # The other rows stay as they are
-        vectors = [th.zeros_like(product) for product, _ in moving]
-        for vector, (_, tangent) in zip(vectors, moving, strict=True):
-            vector[rows] = tangent
-        return th.autograd.grad([product for product, _ in moving], cotangent, vectors, retain_graph=True)[0][rows]
-
-    return (output if with_gradient else output.detach()), jvp_of_points
-
-
-def init_linear_layers(module: nn.Module) -> None:
-    """
-    Initialise every linear layer as the authors do: Xavier-uniform weights, zero biases.
-
-    :param module: Module whose linear layers are initialised in place
-    """
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
-
-
 class BroadcastLinear(nn.Linear):
     """
     Linear layer on the concatenation of several inputs, which may broadcast against each other.
@@ -241,14 +109,6 @@ class BroadcastLinear(nn.Linear):
             ],
         )
 
-    def jvp(self, *tangents: th.Tensor | None) -> th.Tensor:
-        """
-        :param tangents: Of the inputs, None for those that stay as they are
-        :return: Tangent of the output
-        """
-        pairs = zip(tangents, self.weight.split(self.input_dims, dim=1), strict=True)
-        return reduce(th.add, [F.linear(tangent, weight) for tangent, weight in pairs if tangent is not None])
-
 
 class MultiInputMLP(nn.Module):
     """
@@ -279,6 +139,11 @@ class MultiInputMLP(nn.Module):
                 layers.append(nn.LayerNorm(width, eps=LAYER_NORM_EPS))
             layers += [activation_fn(), nn.Linear(width, next_width)]
         self.body = nn.Sequential(*layers)
+        # As the authors do
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
 
     def forward(self, *inputs: th.Tensor) -> th.Tensor:
         """
@@ -287,22 +152,6 @@ class MultiInputMLP(nn.Module):
         :return: shape (..., output_dim)
         """
         return self.body(self.input_layer(*inputs))
-
-    def linearize(self, *inputs: th.Tensor) -> tuple[th.Tensor, Callable[..., th.Tensor]]:
-        """
-        By hand, for bare modules alone: see ``MeanFlowMLP.linearize``.
-
-        :param inputs: As those of ``forward``
-        :return: The output, and the function that carries tangents of the inputs (None for those that stay as they are) and
-            the rows that they belong to (by keyword, all by default) to the tangent of the output
-        """
-        output, jvp = linearize(self.body, self.input_layer(*inputs))
-
-        @th.no_grad()
-        def jvp_of_inputs(*tangents: th.Tensor | None, rows: slice = ALL_ROWS) -> th.Tensor:
-            return jvp(self.input_layer.jvp(*tangents), rows)
-
-        return output, jvp_of_inputs
 
     def hidden_activations(self, *inputs: th.Tensor) -> list[th.Tensor]:
         """

@@ -100,7 +100,7 @@ class HealthCallback(BaseCallback):
         actor_inputs = (noise, features, policy.actor.network.embed(*th.ones(2, 1, device=model.device)))
         result |= {
             "actions_at_bounds": (actions.abs() == 1).float().mean().item(),
-            "dead_units_actor": self._dead_units([policy.actor.network.mlp], actor_inputs),
+            "dead_units_actor": self._dead_units([policy.actor.network], actor_inputs),
             "dead_units_critic": self._dead_units(policy.critic.q_networks, (critic_features, actions)),
         }
         if isinstance(policy.critic, CategoricalCritic):
