@@ -4,11 +4,15 @@ BIN := $(VENV)/bin
 PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
 READY := $(VENV)/.ready
 
-.PHONY: demo test coverage nightly benchmark-smoke check format docs clean
+.PHONY: demo quick test coverage nightly benchmark-smoke check format docs clean
 
 # Train on a real MuJoCo task, compare with random actions, save model and learning curve to demo/
 demo: $(READY)
 	$(BIN)/python examples/quickstart.py
+
+# All but the files that take minutes, in less than two
+quick: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "not long and not nightly"
 
 # The whole test-suite, a file per core at a time
 test: $(READY)

@@ -8,12 +8,15 @@ from tests.helpers import ALGORITHMS, Algorithm
 # The tests' networks are tiny: more threads would only wait for each other
 th.set_num_threads(1)
 
-# These take minutes. They come first, so that no core waits for another one's last file.
+# These take minutes: `make quick` leaves them out. They come first, so that no core waits for another one's last file.
 LONG = ("test_zoo", "test_examples", "test_benchmarks", "test_acceleration", "test_learning", "test_checkpoint")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+    for item in items:
+        if item.path.stem in LONG:
+            item.add_marker("long")
 
 
 @pytest.fixture(params=ALGORITHMS, ids=lambda algorithm: algorithm.__name__)
