@@ -1,5 +1,5 @@
 """
-Mean-flow maths: points on a path, time pairs, the MeanFlow identity and the few-step sampler.
+Time pairs, the MeanFlow identity, and the few-step sampler.
 
 Time convention: t = 1 is noise, t = 0 is the action. All functions are pure; randomness is an argument.
 Equation numbers are those of "Mean Flow Policy Optimization", https://arxiv.org/abs/2604.14698.
@@ -18,8 +18,8 @@ AverageOnGrid = Callable[[th.Tensor, int], th.Tensor]
 
 def logit_normal_times(normal: th.Tensor, mean: float, std: float, n_equal: int) -> tuple[th.Tensor, th.Tensor]:
     """
-    Logit-normal time pairs: t and r are the larger and the smaller of ``sigmoid(mean + std * normal)``; the leading rows
-    get r = t, so that which rows need no derivative is known in advance.
+    Logit-normal time pairs: t and r are the larger and the smaller of ``sigmoid(mean + std * normal)``. The leading rows get
+    r = t: they need no derivative.
 
     :param normal: Two independent standard-normal draws per row, shape (B, 2)
     :param mean: Mean of the normal distribution inside the logit-normal
@@ -34,8 +34,8 @@ def logit_normal_times(normal: th.Tensor, mean: float, std: float, n_equal: int)
 
 def uniform_times(uniform: th.Tensor, n_equal: int) -> tuple[th.Tensor, th.Tensor]:
     """
-    Time pairs with t uniform in (0, 1) and r uniform below t (SOM, https://arxiv.org/abs/2605.23365); the leading rows get
-    r = t. As velocities are not defined at both ends of every path, t keeps 0.001 away from them.
+    Time pairs with t uniform in (0, 1) and r uniform below t (SOM, https://arxiv.org/abs/2605.23365). The leading rows get
+    r = t. Some paths have no velocity at an end, so t keeps 0.001 away from both.
 
     :param uniform: Two independent draws from [0, 1) per row, shape (B, 2)
     :param n_equal: Number of leading rows with r = t
