@@ -126,9 +126,8 @@ def embedding(network: MeanFlowMLP, t: th.Tensor, h: th.Tensor) -> th.Tensor:
     """Of intervals: the sum of an embedding of t (..., 1) and one of h (..., 1)."""
     first, _, last = network.embed.mlp
     embeddings = []
-    for time, frequencies, w1, b1, w2, b2 in zip(
-        (t, h), network.embed.frequencies, *first.parameters(), *last.parameters(), strict=True
-    ):
+    weights = (*first.parameters(), *last.parameters())
+    for time, frequencies, w1, b1, w2, b2 in zip((t, h), network.embed.frequencies, *weights, strict=True):
         angles = 2 * math.pi * time * frequencies.flatten()
         hidden = F.gelu(th.cat([angles.cos(), angles.sin()], dim=-1) @ w1 + b1, approximate="tanh")
         embeddings.append(hidden @ w2 + b2)

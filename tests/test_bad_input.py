@@ -118,8 +118,6 @@ def test_algorithm_arguments(algorithm: Algorithm, kwargs: dict[str, Any], messa
         (dict(n_critics=0), "`n_critics`"),
         (dict(time_fourier_dim=7), "`time_fourier_dim` must be even"),
         (dict(time_embedding_dim=0), "`time_embedding_dim`"),
-        (dict(net_arch=[]), r"`net_arch` needs a hidden layer.*not \[\]"),
-        (dict(net_arch=dict(pi=[8], qf=[])), "`net_arch` needs a hidden layer"),
         (dict(net_arch=[16, 0]), "`net_arch` must be an integer of at least 1, not 0"),
         (dict(critic_type="quantile"), "`critic_type`"),
         (dict(value_init="wide"), "`value_init`"),

@@ -712,6 +712,59 @@ def test_training_and_evaluation_mode(algorithm: Algorithm, monkeypatch: pytest.
     assert not th.equal(online.running_mean, th.zeros(5))
 
 
+@pytest.mark.parametrize("algorithm", [MFPO, SOM, SAC])
+def test_online_and_target_statistics_are_equal_after_every_step(algorithm: Any) -> None:
+    """Of batch normalisation in the critics' features extractor, also when the targets do not follow."""
+    kwargs: dict[str, Any] = dict(tau=0.0, policy_kwargs=dict(features_extractor_class=SmallExtractor), seed=0)
+    if algorithm is SAC:
+        model = SAC("MlpPolicy", RandomEnv(), learning_starts=10, buffer_size=50, device="cpu", **kwargs).learn(10)
+    else:
+        model = make_model(algorithm, **kwargs).learn(10)
+    for _ in range(3):
+        weights = [parameter.clone() for parameter in model.critic_target.parameters()]
+        model.train(1, batch_size=8)
+        online, target = (critic.features_extractor.layers[1] for critic in (model.critic, model.critic_target))
+        assert th.equal(online.running_mean, target.running_mean) and th.equal(online.running_var, target.running_var)
+        assert online.running_mean.abs().min() > 0
+        assert all(map(th.equal, weights, model.critic_target.parameters()))
+
+
+def test_only_what_the_critics_learn_from_is_counted(algorithm: Algorithm) -> None:
+    """One batch a step: the running mean moves by a tenth of the way to the mean of the batch."""
+    model = make_model(algorithm, policy_kwargs=dict(features_extractor_class=SmallExtractor), seed=0).learn(10)
+    batch, (linear, norm, _) = model.replay_buffer.sample(8), model.critic.features_extractor.layers
+    with th.no_grad():
+        expected = 0.9 * norm.running_mean + 0.1 * linear(batch.observations).mean(dim=0)
+    model.policy.set_training_mode(True)
+    model._gradient_step(batch)
+    assert norm.num_batches_tracked == 1
+    assert th.allclose(norm.running_mean, expected, atol=1e-6)
+    assert norm.training
+
+
+@pytest.mark.parametrize("net_arch", [[], dict(pi=[], qf=[8]), dict(pi=[8], qf=[])], ids=str)
+@pytest.mark.parametrize("value_init", ["uniform", "narrow"])
+def test_networks_without_hidden_layers_are_linear(
+    algorithm: Algorithm, tmp_path: Path, net_arch: Any, value_init: str
+) -> None:
+    """As in SB3: a change of the input changes the output by as much wherever it is made."""
+    model = make_model(algorithm, policy_kwargs=dict(net_arch=net_arch, value_init=value_init), seed=0).learn(20)
+    pi, qf = (net_arch["pi"], net_arch["qf"]) if net_arch else ([], [])
+    states, actions, step = th.randn(5, 3), th.randn(5, 2), th.randn(5, 2)
+    networks = {model.critic.q_networks[0]: (qf, lambda a: model.critic.q_networks[0](states, a))}
+    for network in (model.actor.network, *([model.divergence] if algorithm is MFPO else [])):
+        interval = network.embed(*th.rand(2, 5, 1))
+        networks[network] = (pi, lambda a, network=network, interval=interval: network(states, a, interval))
+    for network, (widths, call) in networks.items():
+        assert len(network.body) == 3 * len(widths)
+        curvature = call(actions + step) - 2 * call(actions) + call(actions - step)
+        assert (curvature.abs().max() < 1e-4) == (not widths)
+    model.save(tmp_path / "model")
+    observations = observations_for(model)
+    expected, _ = model.predict(observations, deterministic=True)
+    assert np.array_equal(algorithm.load(tmp_path / "model").predict(observations, deterministic=True)[0], expected)
+
+
 # What PyTorch allows to do with networks
 
 

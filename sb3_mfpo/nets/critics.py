@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch as th
@@ -66,8 +67,25 @@ class Critic(BaseModel):
         :param observations: Batch of observations
         :return: State features, shape (B, features_dim)
         """
+        with self._without_counting():
+            return self._features(observations)
+
+    def _features(self, observations: PyTorchObs) -> th.Tensor:
         with th.set_grad_enabled(th.is_grad_enabled() and not self.share_features_extractor):
             return self.extract_features(observations, self.features_extractor)
+
+    @contextmanager
+    def _without_counting(self) -> Iterator[None]:
+        # Layers of batch normalisation count what the critics learn from alone, which is what ``forward`` sees. To value an
+        # action they use the statistics and leave them as they are, so that the target critics have the same.
+        norms = [module for module in self.modules() if module.training and hasattr(module, "running_mean")]
+        for norm in norms:
+            norm.training = False
+        try:
+            yield
+        finally:
+            for norm in norms:
+                norm.training = True
 
     def outputs(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
         """
@@ -87,8 +105,8 @@ class Critic(BaseModel):
         :param raw: Whether to return the raw outputs, which training takes
         :return: One tensor of shape (B, 1) per critic, in units of return; raw outputs, shape (n_critics, B, output_dim)
         """
-        features = self.encode(observations)
-        return self.outputs(features, actions) if raw else tuple(self.q_values(features, actions).unsqueeze(-1))
+        outputs = self.outputs(self._features(observations), actions)
+        return outputs if raw else tuple(self.expected_return(outputs).unsqueeze(-1))
 
     def q_values(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
         """
@@ -102,7 +120,8 @@ class Critic(BaseModel):
             outputs = (q_network(features, actions).to(actions.dtype) for q_network in self.q_networks)
             return th.stack([self.expected_return(output) for output in outputs], dim=-1)
 
-        return in_chunks(values, features, actions).movedim(-1, 0)
+        with self._without_counting():
+            return in_chunks(values, features, actions).movedim(-1, 0)
 
     @abstractmethod
     def expected_return(self, outputs: th.Tensor) -> th.Tensor:
@@ -157,13 +176,13 @@ class CategoricalCritic(Critic):
         self.register_buffer("atoms", atoms)
         if value_init == "narrow":
             for q_network in self.q_networks:
-                output_layer: Any = q_network.body[-1]  # type: ignore[index]
+                output_layer: Any = [q_network.input_layer, *q_network.body][-1]  # type: ignore[misc]
                 nn.init.zeros_(output_layer.weight)
                 with th.no_grad():
                     output_layer.bias.copy_(categorical.narrow_logits(atoms))
 
     def expected_return(self, outputs: th.Tensor) -> th.Tensor:
-        return categorical.expected_value_of_logits(outputs, self.atoms)
+        return categorical.expected_value(outputs.softmax(dim=-1), self.atoms)
 
     def bellman_target(
         self,

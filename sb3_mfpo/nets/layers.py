@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import reduce
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 # The authors' networks are written in Flax, whose LayerNorm default this is (PyTorch's is 1e-5)
 LAYER_NORM_EPS = 1e-6
 # Rows that are evaluated at once without gradient on a CPU: at 256 numbers each, a hidden layer then stays in the cache
-CACHED_ROWS = 1024
+CACHED_ROWS = 512
 # Numbers from which on the arithmetic of an activation costs more than the calls
 MANY_NUMBERS = 2**14
 
@@ -117,7 +118,7 @@ class MultiInputMLP(nn.Module):
     :param input_dims: Size of the last dimension of each input, in the order of ``forward``
     :param bias_input: Index of the input whose share of the first layer holds the bias, see ``BroadcastLinear``
     :param output_dim: Size of the output
-    :param net_arch: Widths of the hidden layers, at least one
+    :param net_arch: Widths of the hidden layers; without any, the network is linear
     :param activation_fn: Makes the activation of the hidden layers
     :param layer_norm: Whether to put a LayerNorm between each hidden layer and its activation
     """
@@ -132,9 +133,10 @@ class MultiInputMLP(nn.Module):
         layer_norm: bool,
     ):
         super().__init__()
-        self.input_layer = BroadcastLinear(input_dims, bias_input, net_arch[0])
+        widths = [*net_arch, output_dim]
+        self.input_layer = BroadcastLinear(input_dims, bias_input, widths[0])
         layers: list[nn.Module] = []
-        for width, next_width in zip(net_arch, [*net_arch[1:], output_dim], strict=True):
+        for width, next_width in itertools.pairwise(widths):
             if layer_norm:
                 layers.append(nn.LayerNorm(width, eps=LAYER_NORM_EPS))
             layers += [activation_fn(), nn.Linear(width, next_width)]

@@ -118,7 +118,8 @@ class HealthCallback(BaseCallback):
         dead = [
             activation.std(dim=0) < self.DEAD_STD for network in networks for activation in network.hidden_activations(*inputs)
         ]
-        return th.cat(dead).float().mean().item()
+        # Linear networks have no hidden units
+        return th.cat(dead).float().mean().item() if dead else 0.0
 
     def _warn_of_bias(self, bias: float, action_dim: int) -> None:
         # Also when it is NaN

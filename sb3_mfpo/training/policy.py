@@ -205,8 +205,6 @@ class GenerativePolicy(BasePolicy):
             )
         if kwargs.get("net_arch") is not None:
             for arch in get_actor_critic_arch(kwargs["net_arch"]):
-                if len(arch) == 0:
-                    raise ValueError(f"`net_arch` needs a hidden layer for actor and critic, not {kwargs['net_arch']!r}.")
                 for width in arch:
                     check_integer("net_arch", width, minimum=1)
         if "activation_fn" in kwargs:
