@@ -1117,7 +1117,7 @@ def test_a_quantized_policy_acts_nearly_the_same(algorithm: Algorithm) -> None:
     quantized = th.ao.quantization.quantize_dynamic(copy.deepcopy(model.policy))
     assert any("quantized" in type(module).__module__ for module in quantized.modules())
     difference = np.abs(sample_of(quantized, observations) - sample_of(model.policy, observations))
-    assert 0 < np.median(difference) < 0.05
+    assert 0 < difference.mean() < 0.05
     for deterministic in (False, True):
         actions, _ = quantized.predict(observations, deterministic=deterministic)
         assert np.isfinite(actions).all() and np.abs(actions).max() <= 1
