@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch as th
@@ -11,7 +11,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import get_action_dim
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, ReplayBufferSamples, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, ReplayBufferSamples, Schedule
 
 from sb3_mfpo.checks import check_integer
 from sb3_mfpo.maths import boltzmann
@@ -28,8 +28,6 @@ from sb3_mfpo.mfpo.policies import (
 )
 from sb3_mfpo.training.actor_critic import Metrics
 from sb3_mfpo.training.mean_flow import MeanFlowAlgorithm, MeanFlowDraws
-
-SelfMFPO = TypeVar("SelfMFPO", bound="MFPO")
 
 
 class GradientStepDraws(NamedTuple):
@@ -382,24 +380,6 @@ class MFPO(MeanFlowAlgorithm):
         if "policy" in proposals:
             metrics["policy_proposal_weight"] = shares[0].mean()
         return linear_velocity(noisy_actions, mean_action, t), metrics
-
-    def learn(
-        self: SelfMFPO,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 4,
-        tb_log_name: str = "MFPO",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> SelfMFPO:
-        return super().learn(
-            total_timesteps=total_timesteps,
-            callback=callback,
-            log_interval=log_interval,
-            tb_log_name=tb_log_name,
-            reset_num_timesteps=reset_num_timesteps,
-            progress_bar=progress_bar,
-        )
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, _ = super()._get_torch_save_params()

@@ -68,9 +68,29 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
             restore_run(self, state, callback)
         return result, callback
 
-    def learn(self: SelfResumable, *args: Any, **kwargs: Any) -> SelfResumable:
+    def learn(
+        self: SelfResumable,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str | None = None,
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfResumable:
+        """
+        Return a trained model.
+
+        :param total_timesteps: The total number of samples (env steps) to train on; after ``resume`` those of the whole run
+        :param callback: Callback(s) called at every step with the state of the algorithm
+        :param log_interval: The number of episodes between two logs
+        :param tb_log_name: The name of the run for TensorBoard; by default that of the algorithm
+        :param reset_num_timesteps: Whether or not to reset the current timestep number (used in logging)
+        :param progress_bar: Display a progress bar using tqdm and rich
+        :return: The trained model
+        """
+        tb_log_name = tb_log_name or type(self).__name__
         try:
-            super().learn(*args, **kwargs)
+            super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
             self._save_run_if_due(at_the_end=True)
         except Exception:
             # Processes of environments get Ctrl-C as well, and may end before the step is done

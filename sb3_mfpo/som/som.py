@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import get_action_dim
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, ReplayBufferSamples, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, ReplayBufferSamples, Schedule
 
 from sb3_mfpo.checks import check_choice, check_integer, check_range
 from sb3_mfpo.maths import boltzmann, mean_flow, paths
@@ -18,8 +18,6 @@ from sb3_mfpo.nets.layers import in_chunks
 from sb3_mfpo.som.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SOMPolicy
 from sb3_mfpo.training.actor_critic import Metrics
 from sb3_mfpo.training.mean_flow import MeanFlowAlgorithm, MeanFlowDraws
-
-SelfSOM = TypeVar("SelfSOM", bound="SOM")
 
 # The path's mu_t and sigma_t, and the velocity of its flow from the posterior mean
 PATHS = {
@@ -340,21 +338,3 @@ class SOM(MeanFlowAlgorithm):
             q_values = self._values(features, actions)
             (gradients,) = th.autograd.grad(q_values.sum(), actions)
         return q_values.detach(), gradients
-
-    def learn(
-        self: SelfSOM,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 4,
-        tb_log_name: str = "SOM",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> SelfSOM:
-        return super().learn(
-            total_timesteps=total_timesteps,
-            callback=callback,
-            log_interval=log_interval,
-            tb_log_name=tb_log_name,
-            reset_num_timesteps=reset_num_timesteps,
-            progress_bar=progress_bar,
-        )

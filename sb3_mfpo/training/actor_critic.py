@@ -65,7 +65,7 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
         self,
         policy: str | type[GenerativePolicy],
         env: GymEnv | str,
-        learning_rate: float | Schedule,
+        learning_rate: float | Schedule = 3e-4,
         *args: Any,
         target_update_interval: int = 1,
         critic_reduction: str = "min",
