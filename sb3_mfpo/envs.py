@@ -27,7 +27,7 @@ renderer = mujoco.Renderer(model, 32, 32)
 renderer.update_scene(data)
 assert renderer.render().shape == (32, 32, 3)
 """
-# They read MUJOCO_GL when they are imported
+# These modules read MUJOCO_GL when they are imported
 CHOOSE_WHEN_IMPORTED = ("dm_control._render", "mujoco.rendering.classic.gl_context")
 
 
@@ -37,7 +37,7 @@ class NoRendererError(RuntimeError):
 
 def find_renderer() -> str | None:
     """
-    :return: The first of MUJOCO_GL, egl, osmesa and glfw that renders, tried in processes of their own
+    :return: The first of MUJOCO_GL, egl, osmesa and glfw that renders, each tried in its own process
     """
     chosen = os.environ.get("MUJOCO_GL")
     for name in ([chosen] if chosen else []) + ["egl", "osmesa", "glfw"]:
@@ -53,14 +53,15 @@ def find_renderer() -> str | None:
 
 def has_display() -> bool:
     """
-    :return: Whether a window can be opened, as far as the environment variables tell
+    :return: Whether a window can be opened, by the environment variables
     """
     return sys.platform != "linux" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
 def choose_renderer() -> None:
     """
-    Where no window can be opened and MUJOCO_GL is not set, set it to what renders. The first time takes a second or more.
+    Where no window can be opened and MUJOCO_GL is not set, set it to a renderer that works. The first call takes a second or
+    more.
 
     :raises NoRendererError: If nothing renders
     """
@@ -94,7 +95,6 @@ class DMControlTask(gym.Wrapper):
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
-        # Entries of shape () become one number each
         flat = spaces.flatten_space(env.observation_space)
         assert isinstance(flat, spaces.Box)
         self.observation_space = spaces.Box(flat.low.astype(np.float32), flat.high.astype(np.float32), dtype=np.float32)
@@ -113,7 +113,7 @@ class DMControlTask(gym.Wrapper):
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         actions = self.env.action_space
         assert isinstance(actions, spaces.Box)
-        # Rounding to float32 may have carried a bound past the task's own
+        # Rounding to float32 may have moved a bound beyond the task's own
         clipped = np.clip(np.asarray(action, actions.dtype), actions.low, actions.high)
         observation, reward, terminated, truncated, info = self.env.step(clipped)
         return self._flatten(observation), float(reward), terminated, truncated, info
@@ -130,7 +130,7 @@ class DMControlTask(gym.Wrapper):
 def time_limit(env: gym.Env) -> int | None:
     """
     :param env: A task from shimmy
-    :return: Number of steps after which an episode is truncated, None if there is no limit
+    :return: Number of steps after which an episode is truncated, None without a limit
     """
     task: Any = env.unwrapped
     limit = getattr(task, "_step_limit", None)
@@ -143,9 +143,9 @@ def time_limit(env: gym.Env) -> int | None:
 @dataclasses.dataclass
 class ReadyEntryPoint:
     """
-    Makes a task with shimmy's entry point and prepares it.
+    Makes a task with shimmy's entry point and prepares it for SB3.
 
-    :param entry_point: Of one of shimmy's specs
+    :param entry_point: From one of shimmy's specs
     """
 
     entry_point: Any
@@ -162,14 +162,14 @@ class ReadyEntryPoint:
 
 def is_of_shimmy(spec: EnvSpec) -> bool:
     """
-    :param spec: Of any task
-    :return: Whether shimmy makes it from a task of DeepMind Control, whatever its id
+    :param spec: A task's spec
+    :return: Whether shimmy makes the task from one of DeepMind Control, under any id
     """
     maker: Any = spec.entry_point
     if isinstance(maker, ReadyEntryPoint):
         return True
     function = maker.func if isinstance(maker, functools.partial) else maker
-    # Its functions have no public names
+    # shimmy's functions have no public names
     name = getattr(function, "__name__", "")
     return getattr(function, "__module__", None) == "shimmy.registration" and name.startswith("_make_dm_control")
 
@@ -177,7 +177,7 @@ def is_of_shimmy(spec: EnvSpec) -> bool:
 def ready_spec(spec: EnvSpec) -> EnvSpec:
     """
     :param spec: One of shimmy's, or one that this function returned
-    :return: The spec of the same task made ready, all else as it was; its ``make`` also takes ``pixels`` and ``image_size``
+    :return: The spec with an entry point that prepares the task; its ``make`` also takes ``pixels`` and ``image_size``
     """
     if isinstance(spec.entry_point, ReadyEntryPoint):
         return spec
@@ -200,8 +200,8 @@ def register_dm_control() -> None:
 
 def make_dm_control(env_id: str, pixels: bool = False, image_size: int = 84, **kwargs: Any) -> gym.Env:
     """
-    Make a DeepMind Control task for ``MlpPolicy``, or from pixels for ``CnnPolicy``. Where it renders, there is no display and
-    MUJOCO_GL is not set, that is set to what works.
+    Make a DeepMind Control task for ``MlpPolicy``, or from pixels for ``CnnPolicy``. If it renders, MUJOCO_GL is set to a
+    renderer that works, unless it is set already or there is a display.
 
     :param env_id: Gymnasium id, such as "dm_control/dog-run-v0"
     :param pixels: Whether to observe rendered images instead of the state
@@ -210,7 +210,7 @@ def make_dm_control(env_id: str, pixels: bool = False, image_size: int = 84, **k
     :return: The task
     :raises ImportError: If shimmy or dm_control is not installed
     :raises ValueError: If there is no such task, or it is not one of shimmy's
-    :raises NoRendererError: If it is to be rendered and nothing works
+    :raises NoRendererError: If the task renders and no renderer works
     """
     register_dm_control()
     if env_id not in gym.registry or not is_of_shimmy(gym.spec(env_id)):

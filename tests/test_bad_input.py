@@ -99,7 +99,7 @@ ARGUMENTS: dict[Algorithm, list[tuple[dict[str, Any], str]]] = {
     [(algorithm, *case) for algorithm, own in ARGUMENTS.items() for case in own + ARGUMENTS_OF_ALL],
     ids=lambda value: value.__name__ if isinstance(value, type) else str(value),
 )
-def test_algorithm_arguments(algorithm: Algorithm, kwargs: dict[str, Any], message: str) -> None:
+def test_bad_arguments_of_the_algorithm_are_refused(algorithm: Algorithm, kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_model(algorithm, UntouchedEnv(), replay_buffer_class=UnusedBuffer, **kwargs)
 
@@ -128,7 +128,7 @@ def test_algorithm_arguments(algorithm: Algorithm, kwargs: dict[str, Any], messa
     ],
     ids=str,
 )
-def test_policy_arguments(algorithm: Algorithm, kwargs: dict[str, Any], message: str) -> None:
+def test_bad_arguments_of_the_policy_are_refused(algorithm: Algorithm, kwargs: dict[str, Any], message: str) -> None:
     refused_by_both(algorithm, kwargs, message)
 
 
@@ -140,7 +140,7 @@ def test_policy_arguments(algorithm: Algorithm, kwargs: dict[str, Any], message:
     ],
     ids=str,
 )
-def test_policy_arguments_of_mfpo(kwargs: dict[str, Any], message: str) -> None:
+def test_bad_arguments_of_mfpos_policy_are_refused(kwargs: dict[str, Any], message: str) -> None:
     refused_by_both(MFPO, kwargs, message)
 
 
@@ -153,18 +153,18 @@ def refused_by_both(algorithm: Algorithm, kwargs: dict[str, Any], message: str) 
         algorithm.policy_base(env.observation_space, env.action_space, lambda _: 1e-3, **{**SMALL_POLICY, **kwargs})
 
 
-def test_reduction_belongs_to_the_algorithm(algorithm: Algorithm) -> None:
+def test_critic_reduction_among_the_policy_arguments_is_refused(algorithm: Algorithm) -> None:
     with pytest.raises(ValueError, match=f"`critic_reduction` is an argument of {algorithm.__name__} itself"):
         make_model(algorithm, UntouchedEnv(), replay_buffer_class=UnusedBuffer, policy_kwargs=dict(critic_reduction="mean"))
 
 
-def test_value_range_is_checked_against_the_default(algorithm: Algorithm) -> None:
+def test_one_end_of_the_value_range_is_checked_against_the_other_ends_default(algorithm: Algorithm) -> None:
     with pytest.raises(ValueError, match=r"v_min=2000\.0, v_max=1600\.0"):
         algorithm("MlpPolicy", UntouchedEnv(), replay_buffer_class=UnusedBuffer, policy_kwargs=dict(v_min=2000.0))
 
 
 @pytest.mark.parametrize("name, value", [("sampling_steps", 0), ("n_action_candidates", -1), ("sampling_steps", "two")])
-def test_changing_a_trained_policy(algorithm: Algorithm, name: str, value: Any) -> None:
+def test_bad_settings_of_a_trained_policy_are_refused_and_change_nothing(algorithm: Algorithm, name: str, value: Any) -> None:
     policy = make_model(algorithm).policy
     before = policy.sampling_steps, policy.n_action_candidates
     with pytest.raises(ValueError, match=f"`{name}`"):
@@ -183,12 +183,12 @@ def test_changing_a_trained_policy(algorithm: Algorithm, name: str, value: Any) 
     ],
     ids=str,
 )
-def test_action_spaces(algorithm: Algorithm, action_space: Any, message: str) -> None:
+def test_unsupported_action_spaces_are_refused(algorithm: Algorithm, action_space: Any, message: str) -> None:
     with pytest.raises((ValueError, AssertionError), match=message):
         make_model(algorithm, UntouchedEnv(action_space=action_space), replay_buffer_class=UnusedBuffer)
 
 
-def test_policy_of_another_algorithm(algorithm: Algorithm) -> None:
+def test_the_policy_of_another_algorithm_is_refused(algorithm: Algorithm) -> None:
     with pytest.raises(
         ValueError, match=rf"`policy` must be one of .*'MlpPolicy'.* or a subclass of `{algorithm.__name__}Policy`"
     ):
@@ -197,12 +197,12 @@ def test_policy_of_another_algorithm(algorithm: Algorithm) -> None:
         algorithm("LstmPolicy", UntouchedEnv(), replay_buffer_class=UnusedBuffer)
 
 
-def test_what_makes_no_policy(algorithm: Algorithm) -> None:
+def test_a_function_that_makes_another_algorithms_policy_is_refused(algorithm: Algorithm) -> None:
     with pytest.raises(ValueError, match=rf"`policy` must be one of .* or a subclass of `{algorithm.__name__}Policy`"):
         algorithm(lambda observation_space, *args, **kwargs: SACPolicy(observation_space, *args), RandomEnv(), buffer_size=10)
 
 
-def test_arguments_of_ones_own_policy_are_checked_by_its_base(algorithm: Algorithm) -> None:
+def test_arguments_of_a_custom_policy_are_checked_by_its_base_class(algorithm: Algorithm) -> None:
     class Own(algorithm.policy_base):
         def __init__(self, *args: Any, n_critics: int | None = None, **kwargs: Any):
             super().__init__(*args, n_critics=5 if n_critics is None else n_critics, **kwargs)
@@ -213,7 +213,7 @@ def test_arguments_of_ones_own_policy_are_checked_by_its_base(algorithm: Algorit
         make_model(algorithm, policy=partial(algorithm.policy_base, n_critics=0))
 
 
-def test_nan_bounds(algorithm: Algorithm) -> None:
+def test_action_bounds_of_nan_are_refused(algorithm: Algorithm) -> None:
     action_space = spaces.Box(-1, 1, (2,), np.float32)
     action_space.low[0] = np.nan
     with pytest.raises((ValueError, AssertionError), match="finite lower and upper bound"):
@@ -258,7 +258,9 @@ def weights(model: MeanFlowAlgorithm) -> list[th.Tensor]:
 @pytest.mark.parametrize(
     "what, step", [("observation", 12), ("terminal observation", 14), ("reward", 12), ("first observation", 0)]
 )
-def test_broken_numbers_stop_training(algorithm: Algorithm, tmp_path: Any, what: str, step: int, value: float) -> None:
+def test_numbers_that_are_not_finite_stop_training(
+    algorithm: Algorithm, tmp_path: Any, what: str, step: int, value: float
+) -> None:
     model = make_model(algorithm, BrokenEnv(what, value))
     seen = []
     with pytest.raises(ValueError, match=rf"non-finite .*{what.split()[-1]} at step {step}\b"):
@@ -283,7 +285,7 @@ def test_broken_dict_observation_names_the_key(algorithm: Algorithm) -> None:
         model.learn(40)
 
 
-def test_the_broken_environment_is_named(algorithm: Algorithm) -> None:
+def test_the_environment_with_the_broken_number_is_named(algorithm: Algorithm) -> None:
     for what in ("observation", "terminal observation", "reward"):
         model = make_model(algorithm, DummyVecEnv([RandomEnv, lambda what=what: BrokenEnv(what, np.nan)]), gradient_steps=-1)
         with pytest.raises(ValueError, match=f"Environment 1 returned a non-finite {what} at step"):
@@ -398,7 +400,7 @@ class ReplaceMissing(BaseFeaturesExtractor):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_missing_numbers_may_be_allowed(algorithm: Algorithm, tmp_path: Any, value: float) -> None:
+def test_missing_numbers_in_observations_can_be_allowed(algorithm: Algorithm, tmp_path: Any, value: float) -> None:
     """For features extractors that replace them; the refusal says so."""
 
     class Missing(BrokenEnv):
@@ -432,7 +434,7 @@ def test_missing_numbers_may_be_allowed(algorithm: Algorithm, tmp_path: Any, val
         (MFPO, "", "ent_coef_loss"),
     ],
 )
-def test_a_broken_loss_stops_before_its_step(algorithm: Algorithm, network: str, loss: str) -> None:
+def test_a_loss_of_nan_stops_training_before_its_step(algorithm: Algorithm, network: str, loss: str) -> None:
     """A network that returns NaN from now on: its own weights must not change."""
     model = make_model(algorithm).learn(20)
     if network:
@@ -457,12 +459,12 @@ def test_a_broken_loss_stops_before_its_step(algorithm: Algorithm, network: str,
 # Warnings
 
 
-def test_wide_actions_are_warned_of(algorithm: Algorithm) -> None:
+def test_a_very_wide_action_space_is_warned_of(algorithm: Algorithm) -> None:
     with pytest.warns(UserWarning, match="action space reaches beyond 100"):
         make_model(algorithm, RandomEnv(action_space=spaces.Box(-1000, 1000, (2,), np.float32)))
 
 
-def test_lost_updates_are_warned_of(algorithm: Algorithm) -> None:
+def test_fewer_updates_than_environment_steps_are_warned_of(algorithm: Algorithm) -> None:
     with pytest.warns(UserWarning, match="`gradient_steps=1` with 2 environments.*`gradient_steps=-1` keeps it"):
         make_model(algorithm, DummyVecEnv([RandomEnv] * 2))
     with warnings.catch_warnings():

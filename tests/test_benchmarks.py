@@ -50,7 +50,7 @@ def arguments(folder: Path, path: Path) -> list[str]:
     return [str(path), "--output", str(folder / "results.csv"), "--folder", str(folder / "runs")]
 
 
-def test_the_whole_path(tmp_path: Path) -> None:
+def test_a_suite_from_start_to_report(tmp_path: Path) -> None:
     smoke = BENCHMARKS / "suites" / "smoke.yml"
     assert run.main([*arguments(tmp_path, smoke), "--workers", "2"]) == 0
     rows = pd.read_csv(tmp_path / "results.csv")
@@ -71,7 +71,7 @@ def test_the_whole_path(tmp_path: Path) -> None:
         assert (tmp_path / f"smoke_{name}.png").stat().st_size > 20_000
 
 
-def test_an_interrupted_suite_goes_on_from_the_checkpoint(tmp_path: Path) -> None:
+def test_an_interrupted_suite_resumes_from_the_checkpoint(tmp_path: Path) -> None:
     path = write_suite(tmp_path, steps=1000)
     command = [sys.executable, str(BENCHMARKS / "run.py"), *arguments(tmp_path, path)]
     folder = suites.folder_of(suites.runs_of(suites.read_suite(path))[0], tmp_path / "runs")
@@ -123,7 +123,7 @@ def test_two_nodes_of_a_ray_cluster_share_the_runs(tmp_path: Path) -> None:
     assert max(starts) < min(ends), "one after the other"
 
 
-def test_later_hyperparameters_go_first(tmp_path: Path) -> None:
+def test_later_hyperparameters_override_earlier_ones(tmp_path: Path) -> None:
     path = write_suite(
         tmp_path,
         params={"gamma": 0.1, "tau": 0.1, "batch_size": 1, "policy_kwargs": {"net_arch": [8]}},
@@ -149,13 +149,13 @@ def test_later_hyperparameters_go_first(tmp_path: Path) -> None:
         ({"algorithms": {"A": {"algo": "sac", "param": {}}}}, "'A' needs `algo`, and may have .*'param'"),
     ],
 )
-def test_a_suite_that_is_wrong(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_mistakes_in_a_suite_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         suites.read_suite(write_suite(tmp_path, **changes))
 
 
 @pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
-def test_shipped_suites(path: Path) -> None:
+def test_shipped_suites_are_valid(path: Path) -> None:
     """Every run's command can be written, tasks exist, and every hyperparameter is an argument of its algorithm."""
     import inspect
 
@@ -191,7 +191,7 @@ def made_up(path: Path, returns: dict[str, list[list[float]]]) -> pd.DataFrame:
     return table
 
 
-def test_aggregates_against_their_definitions(tmp_path: Path) -> None:
+def test_aggregates_match_their_definitions(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     returns = {"A": generator.uniform(0, 1000, (8, 3)).tolist(), "B": generator.uniform(500, 1500, (8, 3)).tolist()}
     made_up(tmp_path / "results.csv", returns)
@@ -236,7 +236,7 @@ def test_a_report_needs_all_runs(tmp_path: Path) -> None:
         ("equal_time", "docs/benchmarks.md"),
     ],
 )
-def test_published_tables_are_those_of_the_results(name: str, page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_published_tables_match_the_result_files(name: str, page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     published = (report.RESULTS / f"{name}.md").read_text()
     assert published in (BENCHMARKS.parent / page).read_text()
     # But for the intervals, which need many repetitions
@@ -251,7 +251,7 @@ def first_weight(actor: th.nn.Module) -> np.ndarray:
     return next(actor.parameters()).detach().numpy().copy()
 
 
-def test_the_average_acts_and_the_actor_is_trained() -> None:
+def test_act_with_average_acts_with_the_average_and_trains_the_actor() -> None:
     trained, acting = [], []
     averages = variants.ActWithAverage(0.75)
 
@@ -270,7 +270,7 @@ def test_the_average_acts_and_the_actor_is_trained() -> None:
     assert np.abs(trained[-1] - acting[-1]).max() > 1e-4
 
 
-def test_an_action_that_does_not_propose_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leave_itself_out_removes_the_first_proposal(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[th.Tensor, th.Tensor]] = []
     estimate = MFPO._boltzmann_velocity
 
@@ -286,7 +286,7 @@ def test_an_action_that_does_not_propose_itself(monkeypatch: pytest.MonkeyPatch)
     assert th.equal(whole[:, 1:], rest)
 
 
-def test_estimators(tmp_path: Path) -> None:
+def test_estimators_on_a_model_with_known_sample_sizes(tmp_path: Path) -> None:
     model = make_model(MFPO, env="Pendulum-v1", policy_kwargs=dict(value_init="narrow"))
     model.save(tmp_path / "model.zip")
     arguments = [str(tmp_path / "model.zip"), "Pendulum-v1", "--states", "8", "--repetitions", "3"]

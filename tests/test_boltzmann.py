@@ -25,7 +25,7 @@ def test_truncated_normal_matches_scipy(width: float, centre: float) -> None:
     assert stats.kstest(exact.numpy(), distribution.cdf).pvalue > 1e-4
 
 
-def test_truncated_normal_is_exact_where_scipy_is() -> None:
+def test_quantiles_of_the_truncated_normal_are_exact_in_both_tails() -> None:
     """Quantiles, also far in the tails, on either side."""
     uniform = th.linspace(0.001, 0.999, 99, dtype=th.float64)
     for low, high in ((-1.0, 2.0), (5.0, 9.0), (-9.0, -5.0), (8.0, 30.0), (-1000.0, 3.0), (-2.0, 998.0), (20.0, 20.5)):
@@ -33,7 +33,7 @@ def test_truncated_normal_is_exact_where_scipy_is() -> None:
         assert np.allclose(draws, stats.truncnorm(low, high).ppf(uniform), rtol=1e-6, atol=1e-9)
 
 
-def test_extreme_uniform_numbers_give_the_ends() -> None:
+def test_extreme_uniform_numbers_stay_finite_and_within_the_bounds() -> None:
     uniform = th.tensor([0.0, 1.0 - 2.0**-24, 1.0])
     for low, high in ((-1000.0, 3.0), (-3.0, 1000.0), (-1000.0, 1000.0), (50.0, 60.0), (-60.0, -50.0)):
         draws = boltzmann.truncated_normal(uniform, th.tensor(low), th.tensor(high))
@@ -88,7 +88,7 @@ def test_one_dominant_weight_leaves_one_sample() -> None:
     assert mean_action.item() == pytest.approx(2)
 
 
-def test_combination_weighs_by_sample_size() -> None:
+def test_estimates_are_combined_by_effective_sample_size() -> None:
     combined, shares = boltzmann.combine_by_sample_size(
         [th.tensor([[1.0, 0.0]]), th.tensor([[0.0, 1.0]])], [th.tensor([[3.0]]), th.tensor([[1.0]])]
     )
@@ -124,7 +124,7 @@ def test_both_proposals_find_the_velocity_of_a_gaussian_policy() -> None:
         assert paths.linear_velocity(noisy, mean_action, t).item() == pytest.approx(expected, abs=0.01)
 
 
-def test_walls_are_respected() -> None:
+def test_the_mean_action_respects_the_bounds() -> None:
     """Constant Q on the box: E[a_0 | a_t] is the mean of the truncated Gaussian."""
     t, noisy = th.tensor([[0.5]]), th.tensor([[0.6]])
     actions = boltzmann.gaussian_proposal(

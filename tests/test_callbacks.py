@@ -24,7 +24,7 @@ def check(model: MeanFlowAlgorithm, **kwargs: Any) -> dict[str, float]:
     return callback.check()
 
 
-def test_an_exact_divergence_has_no_bias() -> None:
+def test_the_exact_divergence_shows_no_bias() -> None:
     """With the solver's own steps it is the same computation."""
     policy_kwargs = dict(divergence_type="exact", actor_type="flow_matching", sampling_steps=7)
     result = check(make_model(MFPO, policy_kwargs=policy_kwargs, seed=0).learn(30), solver_steps=7)
@@ -32,7 +32,7 @@ def test_an_exact_divergence_has_no_bias() -> None:
     assert result["log_prob_error"] == pytest.approx(0, abs=1e-5)
 
 
-def test_a_shifted_divergence_network_has_the_shift_as_bias() -> None:
+def test_a_constant_added_to_the_divergence_shows_as_bias() -> None:
     """The steps' lengths sum up to one: a constant added to the divergence is added to the log-probability."""
     model = make_model(MFPO, seed=0).learn(30)
     before = check(model)
@@ -42,7 +42,7 @@ def test_a_shifted_divergence_network_has_the_shift_as_bias() -> None:
     assert after["log_prob_bias"] - before["log_prob_bias"] == pytest.approx(2.5, abs=1e-4)
 
 
-def test_a_fine_solve_is_exact() -> None:
+def test_the_euler_solve_has_converged() -> None:
     """Against a solve with ten times the steps; the divergence network of a fresh model is off by more."""
     model = make_model(MFPO, seed=0).learn(30)
     features, noise = th.randn(50, 3), th.randn(50, 2)
@@ -54,7 +54,7 @@ def test_a_fine_solve_is_exact() -> None:
     assert (network_log_prob - fine_log_prob).abs().mean() > 0.1
 
 
-def test_dead_units_bounds_and_saturation(algorithm: Algorithm) -> None:
+def test_dead_units_actions_at_bounds_and_saturated_values_are_counted(algorithm: Algorithm) -> None:
     model = make_model(algorithm, seed=0).learn(30)
     healthy = check(model)
     assert ("log_prob_bias" in healthy) == (algorithm is MFPO)
@@ -77,7 +77,7 @@ def test_dead_units_bounds_and_saturation(algorithm: Algorithm) -> None:
 
 
 @pytest.mark.parametrize("critic_type", ["categorical", "scalar"])
-def test_training_is_the_same_with_it(algorithm: Algorithm, critic_type: str, tmp_path: Path) -> None:
+def test_the_callback_does_not_change_training(algorithm: Algorithm, critic_type: str, tmp_path: Path) -> None:
     policy_kwargs = dict(critic_type=critic_type)
     callback = HealthCallback(check_freq=7, n_states=5, solver_steps=3, max_bias=1e6)
     watched = make_model(algorithm, seed=0, policy_kwargs=policy_kwargs)
@@ -94,7 +94,7 @@ def test_training_is_the_same_with_it(algorithm: Algorithm, critic_type: str, tm
     assert logged == expected | ({"critic_saturation"} if critic_type == "categorical" else set())
 
 
-def test_it_changes_no_mode_and_no_weight() -> None:
+def test_a_check_changes_no_mode_and_no_weight() -> None:
     model = make_model(MFPO, seed=0).learn(30)
     before = copy.deepcopy(model.policy.state_dict())
     for mode in (True, False):
@@ -129,7 +129,7 @@ def test_a_bias_is_warned_of(shift: float, warns: bool) -> None:
 @pytest.mark.parametrize(
     "argument", [dict(check_freq=0), dict(n_states=1), dict(solver_steps=0), dict(max_bias=-1.0), dict(max_bias=float("nan"))]
 )
-def test_bad_arguments(argument: dict[str, Any]) -> None:
+def test_bad_arguments_are_refused(argument: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"`{next(iter(argument))}`"):
         HealthCallback(**argument)
 

@@ -59,7 +59,7 @@ def test_clipped_mass_is_what_lies_outside() -> None:
     # In atoms from the one next to 0: sums of k and k^2 times exp(-k^2 / 2) by hand, one-sided beyond the support
     [(-10, 10, 0, 1), (-20, 40, 0, 1), (5, 9, 0.5202, 0.7148), (-9, -5, -0.5202, 0.7148)],
 )
-def test_narrow_start(low: float, high: float, mean: float, square: float) -> None:
+def test_the_narrow_start_has_the_mean_and_width_that_it_should(low: float, high: float, mean: float, square: float) -> None:
     atoms = th.linspace(low, high, 101)
     logits = categorical.narrow_logits(atoms)
     probs = logits.softmax(-1)
@@ -94,7 +94,7 @@ def test_entropy_bonus_is_discounted_with_the_next_value() -> None:
     assert positions.tolist() == [[2.0, 4.0]]
 
 
-def test_min_takes_whole_distributions_row_by_row() -> None:
+def test_min_takes_the_whole_distribution_of_the_lower_mean_row_by_row() -> None:
     probs = random_probs(3, 40)
     means = categorical.expected_value(probs, ATOMS)
     reduced = categorical.reduce_distributions(probs, ATOMS, "min")
@@ -103,7 +103,7 @@ def test_min_takes_whole_distributions_row_by_row() -> None:
         assert th.equal(reduced[row], probs[means[:, row].argmin(), row])
 
 
-def test_mean_takes_the_mixture() -> None:
+def test_mean_takes_the_mixture_of_the_distributions() -> None:
     probs = random_probs(2, 5)
     assert th.allclose(categorical.reduce_distributions(probs, ATOMS, "mean"), (probs[0] + probs[1]) / 2)
     values = th.tensor([[1.0, 5.0], [3.0, 2.0]])

@@ -175,7 +175,7 @@ def test_saving_changes_nothing(algorithm: Algorithm, tmp_path: Path) -> None:
     assert_same(alone, watched)
 
 
-def test_an_episode_of_an_unknown_environment_is_cut(algorithm: Algorithm, tmp_path: Path) -> None:
+def test_an_unknown_environment_resumes_with_a_new_episode(algorithm: Algorithm, tmp_path: Path) -> None:
     """A new episode begins; counters and warm-up go on, and the episode that was cut ends as by a time limit."""
     with pytest.warns(UserWarning, match=r"do not hold the state.*UnknownWrapper has no `state_dict`") as warned:
         make_model(algorithm, UnknownWrapper(), seed=0).learn(24, callback=RunCheckpointCallback(17, tmp_path, keep=9))
@@ -189,7 +189,7 @@ def test_an_episode_of_an_unknown_environment_is_cut(algorithm: Algorithm, tmp_p
     assert model.replay_buffer.pos == 30
 
 
-def test_an_episode_that_is_cut_with_normalisation(tmp_path: Path) -> None:
+def test_a_new_episode_after_resume_is_normalised_by_the_runs_statistics(tmp_path: Path) -> None:
     """The new episode's first observation is normalised by the run's statistics, not by those of the reset alone."""
 
     def make_env() -> VecNormalize:
@@ -206,7 +206,9 @@ def test_an_episode_that_is_cut_with_normalisation(tmp_path: Path) -> None:
     assert np.abs(model._last_obs).max() > 0.1
 
 
-def test_warm_up_is_not_repeated(algorithm: Algorithm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_warm_up_is_not_repeated_after_resume(
+    algorithm: Algorithm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make_model(algorithm, learning_starts=10).learn(14, callback=RunCheckpointCallback(6, tmp_path, keep=9))
     model = algorithm.resume(tmp_path / "run_12_steps.zip", RandomEnv())
     sampled: list[None] = []
@@ -215,7 +217,7 @@ def test_warm_up_is_not_repeated(algorithm: Algorithm, tmp_path: Path, monkeypat
     assert not sampled and model._n_updates == 10
 
 
-def test_the_model_in_it_loads_as_any_other(algorithm: Algorithm, tmp_path: Path) -> None:
+def test_the_model_in_a_checkpoint_loads_as_any_other(algorithm: Algorithm, tmp_path: Path) -> None:
     model = make_model(algorithm, seed=0).learn(30, callback=RunCheckpointCallback(10, tmp_path))
     loaded = algorithm.load(tmp_path / "run_30_steps.zip")
     observation = model.observation_space.sample()
@@ -238,7 +240,7 @@ def test_a_finished_run_can_be_extended(tmp_path: Path) -> None:
     assert MFPO.resume(tmp_path, RandomEnv()).learn(40).num_timesteps == 40
 
 
-def test_callbacks_go_on(tmp_path: Path) -> None:
+def test_callbacks_resume_with_what_they_had_counted(tmp_path: Path) -> None:
     """What they have counted and collected survives two interruptions; what the user sets anew holds."""
 
     def callbacks(eval_freq: int) -> tuple[EvalCallback, CallbackList]:
@@ -277,7 +279,7 @@ class Unpicklable(list):
         raise AssertionError("It was pickled")
 
 
-def test_callbacks_are_not_looked_at_without_checkpoints() -> None:
+def test_callbacks_are_not_copied_without_checkpoints() -> None:
     callback = Record()
     callback.data = Unpicklable()  # type: ignore[attr-defined]
     make_model(MFPO).learn(12, callback=callback)
@@ -317,7 +319,7 @@ def evaluating(**kwargs: Any) -> EvalCallback:
 
 
 @pytest.mark.parametrize("how", NESTED)
-def test_checkpoints_on_events(how: str, tmp_path: Path) -> None:
+def test_checkpoints_within_event_callbacks(how: str, tmp_path: Path) -> None:
     """Where SB3's own callback writes, and at the end."""
     expected, ours = tmp_path / "expected", tmp_path / "ours"
     make_model(MFPO, seed=0).learn(35, callback=NESTED[how](CheckpointCallback(1, str(expected))))
@@ -327,7 +329,7 @@ def test_checkpoints_on_events(how: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", NESTED)
-def test_a_signal_saves_within_events_too(how: str, tmp_path: Path) -> None:
+def test_a_signal_saves_within_event_callbacks_too(how: str, tmp_path: Path) -> None:
     callback = NESTED[how](RunCheckpointCallback(100, tmp_path))
     with pytest.raises(SystemExit):
         make_model(MFPO).learn(50, callback=[callback, Send(signal.SIGTERM, 13)])
@@ -344,7 +346,7 @@ def test_runs_of_other_algorithms_are_refused(tmp_path: Path) -> None:
 # Checkpoints of other runs
 
 
-def test_another_run_in_the_folder_is_an_error_at_the_start(tmp_path: Path) -> None:
+def test_a_folder_with_another_runs_checkpoints_is_refused_at_the_start(tmp_path: Path) -> None:
     """It is neither deleted nor taken for this run's newest."""
     make_model(MFPO).learn(30, callback=RunCheckpointCallback(10, tmp_path))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -358,7 +360,7 @@ def test_another_run_in_the_folder_is_an_error_at_the_start(tmp_path: Path) -> N
     assert MFPO.resume(tmp_path, RandomEnv(), name_prefix="other").num_timesteps == 20
 
 
-def test_a_second_training_in_one_script(tmp_path: Path) -> None:
+def test_a_second_learn_is_another_run_unless_its_steps_continue(tmp_path: Path) -> None:
     """It begins anew, so that it is another run, unless its steps go on."""
     model, callback = make_model(MFPO), RunCheckpointCallback(10, tmp_path)
     model.learn(30, callback=callback)
@@ -369,7 +371,7 @@ def test_a_second_training_in_one_script(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"run_40_steps.zip", "run_45_steps.zip"}
 
 
-def test_going_on_from_an_older_checkpoint(tmp_path: Path) -> None:
+def test_resuming_an_older_checkpoint_refuses_a_folder_with_later_ones(tmp_path: Path) -> None:
     """The later ones are of another future: they would be taken for the newest."""
     make_model(MFPO).learn(40, callback=RunCheckpointCallback(10, tmp_path, keep=9))
     model = MFPO.resume(tmp_path / "run_20_steps.zip", RandomEnv())
@@ -381,7 +383,7 @@ def test_going_on_from_an_older_checkpoint(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"run_30_steps.zip", "run_33_steps.zip"}
 
 
-def test_a_damaged_newest_checkpoint_is_in_nobodys_way(tmp_path: Path) -> None:
+def test_a_damaged_newest_checkpoint_does_not_stop_the_resumed_run(tmp_path: Path) -> None:
     make_model(MFPO).learn(40, callback=RunCheckpointCallback(20, tmp_path))
     damage(tmp_path / "run_40_steps.zip", "array")
     with pytest.warns(UserWarning, match="Going back to an older one"):
@@ -390,7 +392,7 @@ def test_a_damaged_newest_checkpoint_is_in_nobodys_way(tmp_path: Path) -> None:
     assert MFPO.resume(tmp_path, RandomEnv()).num_timesteps == 40
 
 
-def test_what_a_killed_run_was_writing_is_removed(tmp_path: Path) -> None:
+def test_the_incomplete_file_of_a_killed_run_is_removed(tmp_path: Path) -> None:
     for name in ("run_20_steps.zip.tmp", "other_20_steps.zip.tmp", "notes.tmp"):
         (tmp_path / name).write_text("half")
     make_model(MFPO).learn(15, callback=RunCheckpointCallback(10, tmp_path))
@@ -398,7 +400,7 @@ def test_what_a_killed_run_was_writing_is_removed(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == expected
 
 
-def test_a_copy_of_a_model_in_training_stands_by_itself(tmp_path: Path) -> None:
+def test_a_copy_of_a_model_in_training_is_independent(tmp_path: Path) -> None:
     copies = []
 
     class Copy(BaseCallback):
@@ -411,7 +413,7 @@ def test_a_copy_of_a_model_in_training_stands_by_itself(tmp_path: Path) -> None:
     assert copies[0].learn(5, reset_num_timesteps=False).num_timesteps == 17
 
 
-def test_the_suffix_may_be_left_out(tmp_path: Path) -> None:
+def test_the_suffix_zip_may_be_left_out(tmp_path: Path) -> None:
     make_model(MFPO).learn(20, callback=RunCheckpointCallback(20, tmp_path))
     assert MFPO.resume(tmp_path / "run_20_steps", RandomEnv()).num_timesteps == 20
 
@@ -437,7 +439,7 @@ class NoAttributes(VecEnvWrapper):
     has_attr = env_method
 
 
-def test_environments_that_cannot_be_asked(tmp_path: Path) -> None:
+def test_environments_whose_state_cannot_be_read_are_named_once(tmp_path: Path) -> None:
     """Training goes on; their state is not in the checkpoints, which is said once."""
     env = NoAttributes(DummyVecEnv([RandomEnv]))
     env.note = "an attribute of its own"  # type: ignore[attr-defined]
@@ -469,7 +471,7 @@ def damage(path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["cut", "empty", "array", "weights", "state"])
-def test_a_damaged_checkpoint_is_found_and_passed_over(kind: str, tmp_path: Path) -> None:
+def test_resume_skips_a_damaged_checkpoint(kind: str, tmp_path: Path) -> None:
     make_model(MFPO, RandomEnv()).learn(40, callback=RunCheckpointCallback(20, tmp_path))
     newest, older = checkpoints(tmp_path, "run")
     damage(newest, kind)
@@ -502,7 +504,7 @@ def test_every_damaged_byte_is_found(tmp_path: Path) -> None:
     assert found > 150
 
 
-def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
+def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no checkpoint run_<steps>_steps\.zip"):
         MFPO.resume(tmp_path, RandomEnv())
     with pytest.raises(FileNotFoundError, match="There is no checkpoint"):
@@ -512,7 +514,7 @@ def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
         MFPO.resume(tmp_path / "model.zip", RandomEnv())
 
 
-def test_environments_that_do_not_fit(tmp_path: Path) -> None:
+def test_resume_refuses_environments_that_do_not_fit(tmp_path: Path) -> None:
     make_model(MFPO).learn(20, callback=RunCheckpointCallback(20, tmp_path))
     with pytest.raises(ValueError, match="`env` has 2 environments, but the run was saved with 1"):
         MFPO.resume(tmp_path, DummyVecEnv([RandomEnv] * 2), gradient_steps=-1)
@@ -525,13 +527,13 @@ def test_environments_that_do_not_fit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("argument", [dict(save_freq=0), dict(save_freq=1, keep=0)])
-def test_bad_arguments(argument: dict[str, Any], tmp_path: Path) -> None:
+def test_bad_arguments_are_refused(argument: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must be an integer of at least 1, not 0"):
         RunCheckpointCallback(save_path=tmp_path, **argument)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is a device of Linux")
-def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_continues_when_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The system's own error, from a device that is always full: training goes on, the older checkpoint stays."""
     callback = RunCheckpointCallback(10, tmp_path)
     model = make_model(MFPO, RandomEnv(), seed=0).learn(10, callback=callback)
@@ -573,7 +575,9 @@ class RunsCode:
         return os.mkdir, ("harm",)
 
 
-def test_weights_alone(algorithm: Algorithm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_saved_and_loaded_without_pickles(
+    algorithm: Algorithm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     model, other = make_model(algorithm, seed=0).learn(20), make_model(algorithm, seed=1)
     model.policy.n_action_candidates = 4
@@ -624,7 +628,7 @@ def test_a_signal_saves_and_ends_the_training(
     assert_same(make_model(MFPO, RandomEnv(), seed=0).learn(50), resumed)
 
 
-def test_a_signal_in_a_long_rollout(tmp_path: Path) -> None:
+def test_a_signal_ends_a_long_rollout_early(tmp_path: Path) -> None:
     """The rollout is cut: the environment is a step ahead, so that the next run begins a new episode."""
     callback = CallbackList([Send(signal.SIGTERM, 14), RunCheckpointCallback(1000, tmp_path)])
     with pytest.raises(SystemExit), pytest.warns(UserWarning, match="ended within a rollout"):
@@ -644,14 +648,14 @@ class Fail(BaseCallback):
         return True
 
 
-def test_after_a_training_that_failed_signals_do_what_they_did(tmp_path: Path) -> None:
+def test_signal_handlers_are_restored_after_a_training_that_failed(tmp_path: Path) -> None:
     handlers = [signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)]
     with pytest.raises(RuntimeError, match="pruned"):
         make_model(MFPO).learn(20, callback=[RunCheckpointCallback(1000, tmp_path), Fail()])
     assert [signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)] == handlers
 
 
-def test_a_training_that_failed_is_forgotten(tmp_path: Path) -> None:
+def test_the_model_of_a_training_that_failed_can_be_freed(tmp_path: Path) -> None:
     """Its model and replay buffer can be freed."""
 
     def failed_buffer(folder: Path) -> weakref.ref:
@@ -671,7 +675,7 @@ def simulate(ready: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
-def test_a_process_that_is_forked_in_training_ends_by_a_signal(kind: signal.Signals, tmp_path: Path) -> None:
+def test_a_signal_ends_a_process_that_was_forked_during_training(kind: signal.Signals, tmp_path: Path) -> None:
     """A simulator in a process of its own, which an environment restarts: within C code no Python handler would run."""
     codes = []
 
@@ -718,7 +722,7 @@ def test_the_run_is_saved_when_a_signal_ends_the_environments_first(tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["run_4_steps.zip"]
 
 
-def test_training_in_a_thread(tmp_path: Path) -> None:
+def test_checkpoints_are_written_in_a_thread_too(tmp_path: Path) -> None:
     """Signals belong to the main thread; checkpoints are written all the same."""
     model = make_model(MFPO)
     thread = threading.Thread(target=lambda: model.learn(20, callback=RunCheckpointCallback(10, tmp_path)))

@@ -39,20 +39,20 @@ def test_a_renderer_that_does_not_work_is_named(monkeypatch: pytest.MonkeyPatch)
     "mujoco, dm_control, broken",
     [("4.0.0", "1.0.50", True), ("3.17.0", "1.0.50", False), ("4.0.0", "1.0.51", False), (None, "1.0.50", False)],
 )
-def test_mujoco_4(mujoco: str | None, dm_control: str | None, broken: bool) -> None:
+def test_mujoco_4_with_an_old_dm_control_is_a_problem(mujoco: str | None, dm_control: str | None, broken: bool) -> None:
     problems = doctor.incompatible_mujoco(mujoco, dm_control)
     assert len(problems) == broken
     assert not broken or 'pip install "mujoco<4"' in problems[0]
 
 
-def test_missing_packages() -> None:
+def test_missing_packages_are_named_with_their_extra() -> None:
     versions: dict[str, str | None] = {name: "1" for names in doctor.PACKAGES.values() for name in names}
     assert doctor.missing_packages(versions) == []
     (problem,) = doctor.missing_packages({**versions, "shimmy": None, "dm_control": None})
     assert problem == 'dm_control, shimmy not installed: `pip install "sb3-mfpo[dmc]"`.'
 
 
-def test_pins_of_another_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_versions_that_another_package_does_not_accept_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """As HumanoidBench's: exact versions of what is installed in newer ones."""
     pins = ["gymnasium==0.29.1", "numpy", "mujoco==3.1.6; extra == 'none'", "not-installed==1.0"]
     monkeypatch.setattr(metadata, "requires", lambda name: pins)
@@ -63,7 +63,7 @@ def test_pins_of_another_package(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.broken_requirements("sb3-mfpo") == []
 
 
-def test_gpu_and_threads() -> None:
+def test_an_unused_gpu_and_too_many_threads_are_problems() -> None:
     assert len(doctor.unused_gpu(torch_has_gpu_support=False, driver_found=True)) == 1
     assert doctor.unused_gpu(True, True) == doctor.unused_gpu(False, False) == []
     assert "export OMP_NUM_THREADS=2" in doctor.too_many_threads(4, 2)[0]

@@ -103,7 +103,7 @@ def test_unbounded_actions_are_refused() -> None:
 
 
 @pytest.mark.parametrize("env_id", ["Pendulum-v1", "dm_control/nothing-v0"])
-def test_unknown_tasks(env_id: str) -> None:
+def test_unknown_tasks_are_refused(env_id: str) -> None:
     with pytest.raises(ValueError, match=f"`env_id` must be the id of a DeepMind Control task.*not '{env_id}'"):
         make_dm_control(env_id)
 
@@ -131,7 +131,7 @@ def episode_length(env: gym.Env) -> int:
     raise AssertionError("no end")
 
 
-def test_what_is_of_shimmy_is_told_by_what_makes_it_not_by_its_id(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tasks_of_shimmy_are_recognised_by_their_entry_point_not_by_their_id(monkeypatch: pytest.MonkeyPatch) -> None:
     register_dm_control()
     monkeypatch.setattr(gym.envs.registration, "registry", registry := dict(gym.registry))
     monkeypatch.setattr(gym, "registry", registry)
@@ -147,7 +147,7 @@ def test_what_is_of_shimmy_is_told_by_what_makes_it_not_by_its_id(monkeypatch: p
 
 
 @pytest.mark.parametrize(("limit", "length"), [(20, 20), (None, 100), (500, 100)])
-def test_a_ready_task_keeps_all_of_its_spec(limit: int | None, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prepared_task_keeps_the_rest_of_its_spec(limit: int | None, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A task of shimmy's whose own time limit is a second, 100 steps."""
     register_dm_control()
     monkeypatch.setattr(gym.envs.registration, "registry", registry := dict(gym.registry))
@@ -175,7 +175,7 @@ def test_a_ready_task_keeps_all_of_its_spec(limit: int | None, length: int, monk
 
 
 @pytest.mark.parametrize("package", ["shimmy", "dm_control"])
-def test_missing_packages(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_are_named(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=rf"need shimmy and dm_control.*{package}.*sb3-mfpo\[dmc\]"):
         register_dm_control()
@@ -196,7 +196,7 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_renderer
-def test_pixels_and_rendering() -> None:
+def test_pixels_and_rendering_without_a_display() -> None:
     """In a process of its own, on a bare machine, after dm_control has been imported and has chosen what does not work."""
     code = """
 import os
@@ -226,7 +226,7 @@ print("done")
     assert run.stdout.strip().endswith("done"), run.stderr
 
 
-def test_where_nothing_renders(bare: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_renderer_only_rendering_fails(bare: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only what renders fails, and says why. No renderer works for this platform of PyOpenGL."""
     monkeypatch.setenv("PYOPENGL_PLATFORM", "nonsense")
     make_dm_control("dm_control/cartpole-balance-v0").reset(seed=0)
@@ -238,7 +238,7 @@ def test_where_nothing_renders(bare: None, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(("name", "value"), [("MUJOCO_GL", "nonsense"), ("DISPLAY", ":0"), ("WAYLAND_DISPLAY", "wayland-0")])
-def test_what_the_user_has_set_is_left_alone(name: str, value: str, bare: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mujoco_gl_is_not_changed_if_it_is_set(name: str, value: str, bare: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, value)
     choose_renderer()
     assert os.environ.get("MUJOCO_GL") == (value if name == "MUJOCO_GL" else None)

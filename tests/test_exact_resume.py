@@ -99,20 +99,20 @@ def assert_goes_on(make_env: Callable[[], VecEnv], before: int, after: int) -> N
 
 
 @pytest.mark.parametrize("task", [*CLASSIC, *MUJOCO, *DM_CONTROL])
-def test_a_task_goes_on_within_an_episode(task: str) -> None:
+def test_a_task_resumes_within_an_episode(task: str) -> None:
     """In a new simulator, beyond the episode's end where that is near; Monitor's sums go on as well."""
     limit = dict(max_episode_steps=40) if not task.startswith("dm_control/") else {}
     assert_goes_on(lambda: DummyVecEnv([lambda: Monitor(make_task(task, **limit))]), before=13, after=45)
 
 
 @pytest.mark.parametrize("task", ["walker-stand", "hopper-hop", "quadruped-walk", "humanoid-run", "manipulator-bring_ball"])
-def test_a_robot_that_lies_on_the_floor_goes_on(task: str) -> None:
+def test_a_robot_that_lies_on_the_floor_resumes(task: str) -> None:
     """The next step begins from its contacts."""
     assert_goes_on(lambda: DummyVecEnv([lambda: make_task(f"dm_control/{task}-v0")]), before=150, after=20)
 
 
 @pytest.mark.parametrize("vec_env_class", [DummyVecEnv, SubprocVecEnv])
-def test_several_environments_go_on(vec_env_class: type) -> None:
+def test_several_environments_resume(vec_env_class: type) -> None:
     tasks = [lambda length=length: Monitor(gym.make("Reacher-v5", max_episode_steps=length)) for length in (10, 7)]
     assert_goes_on(lambda: vec_env_class(tasks), before=12, after=25)
 
@@ -196,12 +196,12 @@ VEC_LAYERS: dict[str, Callable[[], VecEnv]] = {
 }
 
 
-def test_every_known_wrapper_is_tried() -> None:
+def test_every_known_wrapper_is_tested() -> None:
     assert {name.split(".")[-1] for name in WRAPPERS} == {name.split(" ")[0] for name in (*LAYERS, *VEC_LAYERS)}
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_wrapper_goes_on_within_an_episode(name: str) -> None:
+def test_a_wrapper_resumes_within_an_episode(name: str) -> None:
     if name == "ResizeObservation":
         pytest.importorskip("cv2", reason="Gymnasium resizes with opencv")
     env = LAYERS[name]()
@@ -214,7 +214,7 @@ def test_a_wrapper_goes_on_within_an_episode(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", VEC_LAYERS)
-def test_a_wrapper_of_vectorized_environments_goes_on(name: str) -> None:
+def test_a_wrapper_of_vectorized_environments_resumes(name: str) -> None:
     assert_goes_on(VEC_LAYERS[name], before=13, after=25)
 
 
@@ -301,13 +301,13 @@ class OldGenerator(RandomEnv):
         return observation, self._np_random.rand(), terminated, truncated, info
 
 
-def test_generators_of_any_kind_go_on() -> None:
+def test_random_generators_of_any_kind_resume() -> None:
     assert_goes_on(lambda: DummyVecEnv([OldGenerator]), before=9, after=20)
 
 
 @pytest.mark.parametrize("vec_env_class", [DummyVecEnv, SubprocVecEnv])
 @pytest.mark.parametrize("case", UNKNOWN)
-def test_what_is_not_known_is_named(case: str, vec_env_class: type) -> None:
+def test_unknown_environments_and_wrappers_are_named(case: str, vec_env_class: type) -> None:
     make_env, reason = UNKNOWN[case]
     venv = vec_env_class([make_env])
     venv.reset()
@@ -320,7 +320,7 @@ def test_what_is_not_known_is_named(case: str, vec_env_class: type) -> None:
     venv.close()
 
 
-def test_environments_that_are_wrapped_otherwise() -> None:
+def test_environments_with_other_wrappers_begin_a_new_episode() -> None:
     """Their episode begins anew, and what belongs to the run is there."""
     old = DummyVecEnv([lambda: Monitor(pendulum())])
     old.reset()
@@ -334,7 +334,7 @@ def test_environments_that_are_wrapped_otherwise() -> None:
     assert monitors[1].rewards == []
 
 
-def test_another_robot_is_not_taken_for_the_same() -> None:
+def test_the_state_of_another_robot_is_refused() -> None:
     old = DummyVecEnv([lambda: make_dm_control("dm_control/swimmer-swimmer6-v0")])
     new = DummyVecEnv([lambda: make_dm_control("dm_control/swimmer-swimmer15-v0")])
     for venv in (old, new):
@@ -346,7 +346,7 @@ def test_another_robot_is_not_taken_for_the_same() -> None:
 # Log and monitor files
 
 
-def test_log_files_go_on(tmp_path: Path) -> None:
+def test_log_files_continue_without_repeated_rows(tmp_path: Path) -> None:
     """What a killed run had logged after its last checkpoint is not there twice."""
     formats = ["csv", "json", "log"]
 
@@ -384,7 +384,7 @@ def test_log_files_go_on(tmp_path: Path) -> None:
     assert tables == [7, 7]
 
 
-def test_monitor_files_go_on_where_the_episode_cannot(tmp_path: Path) -> None:
+def test_monitor_files_continue_where_the_episode_cannot(tmp_path: Path) -> None:
     """SB3's monitor empties its file when it is made."""
 
     def make_env() -> Any:

@@ -64,7 +64,7 @@ def readme_examples() -> list[str]:
     return examples
 
 
-def test_stop_and_resume_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readmes_stop_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Begun, then gone on with, by the same lines."""
     _, code = readme_examples()
     assert code in (EXAMPLES.parent / "docs" / "long_training.md").read_text()

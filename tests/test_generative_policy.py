@@ -95,7 +95,7 @@ def test_an_algorithm_without_a_flow_learns_and_comes_back(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("candidates", [1, 6])
-def test_an_actor_may_need_more_noise_than_an_action_has_coordinates(tmp_path: Path, candidates: int) -> None:
+def test_an_actor_may_use_more_noise_than_an_action_has_coordinates(tmp_path: Path, candidates: int) -> None:
     """Its policy has candidates that are as long, acts by the best of them, and comes back from a file."""
     action_space = spaces.Box(-3, 3, (2,), np.float32)
     policy = ChainPolicy(

@@ -48,7 +48,7 @@ def on_grid(average: Any, times: th.Tensor) -> Any:
     return lambda actions, k: average(actions, times[k], times[k] - times[k + 1])
 
 
-def test_uniform_times() -> None:
+def test_uniform_times_are_ordered_and_uniform() -> None:
     uniform = th.rand(20_000, 2, generator=th.Generator().manual_seed(0))
     t, r = mean_flow.uniform_times(uniform, n_equal=5_000)
     assert t.shape == r.shape == (20_000, 1)
@@ -59,7 +59,7 @@ def test_uniform_times() -> None:
     assert extremes.flatten().tolist() == pytest.approx([0.001, 0.999])
 
 
-def test_adaptive_weights() -> None:
+def test_adaptive_weights_are_those_computed_by_hand() -> None:
     """By hand: ||(0.3, 0.4)||^2 = 0.25; no gradient flows through them."""
     errors = th.tensor([[0.3, 0.4], [0.0, 0.0]], requires_grad=True)
     weights = mean_flow.adaptive_weights(errors, offset=0.25)
@@ -80,7 +80,7 @@ def test_times_are_ordered_logit_normal_pairs() -> None:
     assert th.allclose(th.logit(r[5_000:]), normal[5_000:].amin(1, keepdim=True) - 0.4, atol=1e-4)
 
 
-def test_all_rows_may_be_equal() -> None:
+def test_all_rows_may_have_equal_times() -> None:
     t, r = mean_flow.logit_normal_times(th.randn(8, 2), 0.0, 1.0, n_equal=8)
     assert (t == r).all()
 
@@ -104,7 +104,7 @@ def gaussian_divergence(actions: th.Tensor, t: th.Tensor) -> th.Tensor:
     ],
     ids=["velocity", "divergence"],
 )
-def test_identity_has_the_gaussian_averages_as_fixed_points(average: Any, instantaneous: Any) -> None:
+def test_the_true_averages_of_a_gaussian_satisfy_the_mean_flow_identity(average: Any, instantaneous: Any) -> None:
     """With the true average as network, the regression target is the network itself."""
     generator = th.Generator().manual_seed(0)
     t = 0.05 + 0.9 * th.rand(B, 1, generator=generator, dtype=th.float64)

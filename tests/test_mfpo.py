@@ -34,7 +34,7 @@ def test_paper_defaults() -> None:
     assert [m.out_features for m in policy.critic.q_networks[0].body if isinstance(m, nn.Linear)] == [256, 256, 101]
 
 
-def test_log_probabilities_are_public() -> None:
+def test_action_log_prob_returns_actions_and_log_probabilities() -> None:
     model = make_model(MFPO)
     obs, _ = model.policy.obs_to_tensor(th.randn(5, 3).numpy())
     noise = th.randn(5, 2)
@@ -98,7 +98,7 @@ def test_temperature_is_saved_learned_or_fixed() -> None:
 
 
 @pytest.mark.parametrize("divergence_type", ["mean_flow", "exact"])
-def test_a_copy_follows_its_own_actor(divergence_type: str) -> None:
+def test_the_divergence_of_a_copied_policy_is_that_of_its_own_actor(divergence_type: str) -> None:
     model = make_model(MFPO, policy_kwargs=dict(divergence_type=divergence_type))
     twin = copy.deepcopy(model)
     obs, noise = th.randn(5, 3), th.randn(5, 2)

@@ -107,7 +107,7 @@ def test_gradients_give_the_score_in_the_limit(path: str, t: float) -> None:
 
 
 @pytest.mark.parametrize("t", [0.05, 0.2])
-def test_gradients_by_sampling(t: float) -> None:
+def test_gradients_give_the_score_by_sampling(t: float) -> None:
     """As SOM draws them, where their variance allows: linear path, small t."""
     _, noisy, mu, sigma = noisy_actions("linear", t, 64)
     normal = th.randn(64, 20_000, 2, generator=th.Generator().manual_seed(1), dtype=th.float64)
@@ -120,7 +120,7 @@ def test_gradients_by_sampling(t: float) -> None:
 
 
 @pytest.mark.parametrize("path, t", [("linear", 0.2), ("linear", 0.6), ("vp", 0.2), ("vp", 0.6)])
-def test_walls(path: str, t: float) -> None:
+def test_posterior_means_see_the_bounds_and_gradients_do_not(path: str, t: float) -> None:
     """Constant Q on the box: the posterior mean is that of a truncated Gaussian, while gradients see no walls."""
     times = th.full((3, 1), t, dtype=th.float64)
     mu, sigma = PATHS[path][0](times)
@@ -160,7 +160,7 @@ def test_a_fine_solve_carries_noise_to_the_mixture(path: str) -> None:
     assert distance.square().mean().sqrt().item() == pytest.approx(math.sqrt(2) * STD, rel=0.05)
 
 
-def test_variance_preserving_path() -> None:
+def test_the_variance_preserving_path_keeps_the_variance() -> None:
     """It keeps the variance, its mu decays at half the noise rate, and single precision suffices."""
     t = th.linspace(0, 1, 101, dtype=th.float64)[:, None]
     mu, sigma = paths.variance_preserving_path(t)
@@ -173,12 +173,12 @@ def test_variance_preserving_path() -> None:
         assert th.allclose(single.double(), double, rtol=1e-5, atol=0)
 
 
-def test_length_of_scores() -> None:
+def test_scores_are_scaled_to_a_given_length() -> None:
     scores = th.tensor([[3.0, 4.0], [0.0, 0.0], [-1e-3, 0.0]])
     assert th.allclose(boltzmann.with_length(scores, 5.0), th.tensor([[3.0, 4.0], [0.0, 0.0], [-5.0, 0.0]]))
 
 
-def test_spread() -> None:
+def test_spread_is_the_standard_deviation_and_never_zero() -> None:
     assert boltzmann.spread(th.tensor([[1.0, 3.0], [5.0, 7.0]])).item() == pytest.approx(math.sqrt(5))
     # Equal values: zero but for rounding, and never zero
     assert 0 < boltzmann.spread(th.full((4, 3), 7.3)).item() < 1e-6

@@ -58,7 +58,7 @@ def with_random_actions(algorithm: Any, env: Any, **kwargs: Any) -> Any:
     return make(policy, env, **kwargs).learn(400)
 
 
-def test_normalisation_sees_all_digits(algorithm: Algorithm) -> None:
+def test_large_observations_are_stored_with_all_digits_for_normalisation(algorithm: Algorithm) -> None:
     """Around 5e8 float32 has steps of 32; with those, all positions of a walk are the same."""
     batches = []
     for each in (SAC, algorithm):
@@ -81,7 +81,7 @@ def test_hindsight_goals_are_reached_as_often_as_with_sac(algorithm: Algorithm) 
 
 
 @pytest.mark.parametrize("space", [BOX, DICT, spaces.Box(0, 255, (3,), np.uint8)], ids=["box", "dict", "uint8"])
-def test_memory_is_that_of_sac(algorithm: Algorithm, space: spaces.Space) -> None:
+def test_the_buffer_takes_as_much_memory_as_sacs(algorithm: Algorithm, space: spaces.Space) -> None:
     """And so is SB3's warning of too little of it, which counts these arrays."""
     ours, sac = (with_random_actions(each, RandomEnv(space)).replay_buffer for each in (algorithm, SAC))
     for name in ("observations", "next_observations"):
@@ -122,7 +122,7 @@ def fill(*arrays: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("buffer_class, space", [(FilledBuffer, BOX), (FilledDictBuffer, DICT)])
-def test_a_buffer_that_comes_with_transitions_keeps_them(
+def test_a_buffer_that_is_made_with_transitions_keeps_them(
     algorithm: Algorithm, tmp_path: Path, buffer_class: Any, space: spaces.Space
 ) -> None:
     kwargs = dict(policy="MultiInputPolicy") if isinstance(space, spaces.Dict) else {}
@@ -146,7 +146,7 @@ class DiskBuffer(ReplayBuffer):
             setattr(self, name, np.memmap(folder / name, array.dtype, mode="w+", shape=array.shape))
 
 
-def test_a_buffer_in_files_stays_there(algorithm: Algorithm, tmp_path: Path) -> None:
+def test_a_buffer_in_files_stays_in_files(algorithm: Algorithm, tmp_path: Path) -> None:
     kwargs = dict(replay_buffer_class=DiskBuffer, replay_buffer_kwargs=dict(folder=tmp_path))
     model = make_model(algorithm, RandomEnv(BOX), **kwargs).learn(40)
     for name in ("observations", "next_observations"):

@@ -166,7 +166,7 @@ class Raises(BaseCallback):
 
 @pytest.mark.parametrize("vec_env", [DummyVecEnv, SubprocVecEnv])
 @pytest.mark.parametrize("error", [ConnectionResetError("tracker"), BrokenPipeError("head"), EOFError("input")], ids=repr)
-def test_broken_connections_of_others_are_not_blamed_on_environments(
+def test_broken_connections_elsewhere_are_not_blamed_on_environments(
     algorithm: Algorithm, vec_env: Any, error: Exception
 ) -> None:
     env = vec_env([RandomEnv] * 2)
@@ -176,7 +176,7 @@ def test_broken_connections_of_others_are_not_blamed_on_environments(
     env.close()
 
 
-def test_the_worker_that_ended_is_named_by_a_reset(algorithm: Algorithm) -> None:
+def test_a_reset_names_the_worker_that_has_ended(algorithm: Algorithm) -> None:
     env = SubprocVecEnv([RandomEnv] * 2)
     model = make_model(algorithm, env, gradient_steps=-1).learn(30)
     env.processes[1].kill()
@@ -241,7 +241,7 @@ def test_the_broken_gradient_step_is_named(algorithm: Algorithm, broken: int, mo
     assert len(critic_losses) == (4 if broken <= 4 else 8)
 
 
-def test_no_gradient_steps_change_nothing(algorithm: Algorithm) -> None:
+def test_train_with_no_gradient_steps_changes_nothing(algorithm: Algorithm) -> None:
     model = make_model(algorithm).learn(20)
     before = copy.deepcopy(model.get_parameters())
     model.train(0, batch_size=8)

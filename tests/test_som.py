@@ -14,7 +14,7 @@ from sb3_mfpo.som.som import PATHS
 from tests.helpers import RandomEnv, make_model
 
 
-def test_defaults() -> None:
+def test_defaults_are_the_verified_form() -> None:
     """The verified form: linear path, posterior mean, plain loss, scores as they are, one step."""
     model = SOM("MlpPolicy", RandomEnv(), buffer_size=10, device="cpu")
     assert (model.path, model.score_estimator, model.score_norm, model.adaptive_loss) == (
@@ -63,7 +63,7 @@ def posterior_mean(model: SOM, scale: float = 1.0, shift: float = 0.0, seed: int
 
 
 @pytest.mark.parametrize("score_estimator", ["posterior_mean", "gradient"])
-def test_the_scale_of_rewards_does_not_matter(score_estimator: str) -> None:
+def test_scaling_and_shifting_values_does_not_change_the_mean_action(score_estimator: str) -> None:
     model = make_model(SOM, score_estimator=score_estimator, inverse_temperature=3.0, n_samples=20, seed=0)
     expected = posterior_mean(model)
     assert expected.abs().max() > 0.1
@@ -171,7 +171,7 @@ def test_the_loss_is_that_of_the_equations(kwargs: dict[str, Any], monkeypatch: 
         assert th.allclose(one_gradient, other, rtol=1e-2, atol=1e-4 * other.abs().max().item())
 
 
-def test_the_backup_has_no_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_backup_has_no_entropy_bonus(monkeypatch: pytest.MonkeyPatch) -> None:
     """Next actions are samples of the policy as it is, and their values stand alone."""
     model = make_model(SOM, seed=0).learn(12)
     calls = []
@@ -201,7 +201,7 @@ def test_uniform_and_logit_normal_times_are_drawn() -> None:
     assert t.mean().item() == pytest.approx(expected.mean().item(), abs=0.02)
 
 
-def test_changed_settings_take_effect() -> None:
+def test_changed_settings_take_effect_at_the_next_gradient_step() -> None:
     """Nothing is fixed at construction: the next gradient step follows."""
     model = make_model(SOM, seed=0).learn(12)
     model.n_samples, model.path = 9, "vp"

@@ -80,7 +80,7 @@ def test_training_leaves_what_rl_zoo3_leaves(runs: Path) -> None:
     assert list((runs / "wandb").glob("offline-run-*"))
 
 
-def test_settings_of_the_paper_by_name(tmp_path: Path) -> None:
+def test_the_papers_settings_are_a_configuration_of_the_zoo(tmp_path: Path) -> None:
     task = "HalfCheetah-v5"
     zoo(tmp_path, f"train --algo mfpo --env {task} --conf-file sb3_mfpo.zoo.paper -n 10 --eval-freq -1")
     model = MFPO.load(tmp_path / "logs" / "mfpo" / f"{task}_1" / f"{task}.zip", buffer_size=1)
@@ -104,7 +104,7 @@ def test_enjoy(runs: Path) -> None:
     assert model.num_timesteps == 620 and model.gamma == HYPERPARAMS["som"][TASK]["gamma"]
 
 
-def test_resume(runs: Path, tmp_path: Path) -> None:
+def test_train_continues_a_trained_model(runs: Path, tmp_path: Path) -> None:
     trained = runs / "logs" / "mfpo" / f"{TASK}_1" / f"{TASK}.zip"
     output = zoo(tmp_path, f"train --algo mfpo --env {TASK} -n 10 --eval-freq -1 -i {trained} -params learning_starts:0")
     assert "Loading pretrained agent" in output and "Loading replay buffer" in output
@@ -213,7 +213,7 @@ def test_plots(runs: Path, tmp_path: Path) -> None:
     assert is_png(tmp_path / "curves.png")
 
 
-def test_two_processes_share_a_study(tmp_path: Path) -> None:
+def test_two_processes_work_on_one_study(tmp_path: Path) -> None:
     """A journal file; then a run takes the hyperparameters of one of the trials."""
     study = "--storage study/reacher.log --study-name reacher"
     search = (
@@ -265,7 +265,7 @@ gym.register("Broken-v0", Broken, max_episode_steps=50)
     assert trial.state == optuna.trial.TrialState.PRUNED
 
 
-def test_a_database_holds_a_study(tmp_path: Path) -> None:
+def test_a_study_in_a_database(tmp_path: Path) -> None:
     search = f"train --algo som --env {TASK} -n 4 -optimize --n-trials 1 --n-evaluations 1 --eval-episodes 1 --no-optim-plots"
     zoo(tmp_path, f"{search} --storage sqlite:///study.db --study-name reacher")
     assert len(optuna.load_study(storage=f"sqlite:///{tmp_path}/study.db", study_name="reacher").trials) == 1
@@ -339,7 +339,9 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("command", BAD_INPUT)
-def test_bad_input(command: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_input_is_refused_before_anything_is_done(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In this process: they end before anything is done."""
     for name, content in BAD_FILES.items():
         (tmp_path / name).write_bytes(content)
@@ -368,7 +370,7 @@ def test_a_missing_extra(package: str, extra: str, task: str, tmp_path: Path) ->
     assert f"sb3-mfpo[{extra}]" in output.strip().splitlines()[-1]
 
 
-def test_help() -> None:
+def test_help_lists_the_commands() -> None:
     for command in ("", "--help"):
         output = zoo(Path.cwd(), command)
         assert all(name in output for name in (*COMMANDS, "doctor"))
@@ -417,7 +419,7 @@ def test_every_command_of_rl_zoo3_is_offered() -> None:
 # In this process
 
 
-def test_registration() -> None:
+def test_registration_adds_the_algorithms_to_rl_zoo3() -> None:
     register_dm_control()
     register()
     register()
@@ -441,7 +443,7 @@ def test_the_model_card_of_the_hub(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_models_that_only_act_have_no_memory(name: str, tmp_path: Path) -> None:
+def test_models_that_only_act_have_a_tiny_replay_buffer(name: str, tmp_path: Path) -> None:
     make_model(ALGORITHMS[name]).learn(20).save(tmp_path / "model")
     register(playing=True)
     try:
@@ -458,7 +460,7 @@ def entries_with_installed_tasks(name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_the_tasks_are_listed(name: str) -> None:
+def test_the_hyperparameter_files_list_the_tasks(name: str) -> None:
     mujoco = ("Hopper", "Walker2d", "HalfCheetah", "Ant", "Humanoid", "InvertedPendulum", "InvertedDoublePendulum")
     wanted = {f"{name}-v5" for name in (*mujoco, "Reacher", "Swimmer")} | {"Pendulum-v1", "default"}
     hard = (
@@ -482,7 +484,7 @@ def test_the_tasks_are_listed(name: str) -> None:
 @pytest.mark.parametrize(
     "name, task", [(name, task) for name in ALGORITHMS for task in [*entries_with_installed_tasks(name), "default"]]
 )
-def test_every_entry_trains(name: str, task: str) -> None:
+def test_every_entry_of_the_hyperparameter_files_trains(name: str, task: str) -> None:
     register()
     settings = dict(HYPERPARAMS[name][task])
     assert settings.pop("n_timesteps") >= 10_000
@@ -542,7 +544,7 @@ default:
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_a_trial_leaves_what_it_has_not_sampled(name: str, tmp_path: Path) -> None:
+def test_a_trial_keeps_hyperparameters_that_it_has_not_sampled(name: str, tmp_path: Path) -> None:
     """The search, and training with a trial of it: the same hyperparameters, those of the file where nothing was sampled."""
     (tmp_path / "own.yml").write_text(FILE.replace("FOLDER", str(tmp_path / "checkpoints")))
     params = {**TRIAL, **OWN_PARAMS[name]}
@@ -576,7 +578,7 @@ def test_a_trial_leaves_what_it_has_not_sampled(name: str, tmp_path: Path) -> No
     assert results[0].policy_kwargs == dict(v_max=7, **{key: expected[key] for key in expected.keys() - {*UNSAMPLED, "v_max"}})
 
 
-def test_the_first_trial_of_another_algorithm(tmp_path: Path) -> None:
+def test_trial_0_of_an_algorithm_of_rl_zoo3_is_used(tmp_path: Path) -> None:
     """Its number is 0. Keyword arguments are replaced, as in rl_zoo3."""
     (tmp_path / "own.yml").write_text("default: {policy: MlpPolicy, n_timesteps: 9, policy_kwargs: 'dict(log_std_init=-3)'}")
     storage = f"sqlite:///{tmp_path}/study.db"
@@ -593,7 +595,7 @@ def test_the_first_trial_of_another_algorithm(tmp_path: Path) -> None:
 UNSAMPLED = ("value_init", "n_critics", "activation_fn")
 
 
-def test_merged_hyperparameters() -> None:
+def test_merging_hyperparameters() -> None:
     below = dict(gamma=0.9, policy_kwargs="dict(a=1, b=nn.ReLU)", replay_buffer_kwargs=dict(c=1), train_freq=4, x=dict(d=1))
     above = dict(tau=0.1, policy_kwargs=dict(a=2), replay_buffer_kwargs="dict(e=2)", train_freq=[1, "episode"], x=None)
     expected = dict(gamma=0.9, tau=0.1, policy_kwargs=dict(a=2, b=th.nn.ReLU), replay_buffer_kwargs=dict(c=1, e=2))
@@ -605,7 +607,9 @@ def test_merged_hyperparameters() -> None:
     assert dict(trial) == expected and dict(hyperparameters) == below
 
 
-def test_going_on_with_a_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_resumed_run_keeps_its_hyperparameters_and_takes_outputs_from_the_call(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     """Outputs, device and steps are those of the call, hyperparameters and random state those of the run."""
     (tmp_path / "own.yml").write_text("default: {policy: MlpPolicy, n_timesteps: 60, gamma: 0.5, learning_starts: 0}")
     run = make_model(MFPO, OwnTask(), seed=3, gamma=0.8, verbose=1)
@@ -659,7 +663,7 @@ def test_environments_that_render_get_a_renderer(
     assert is_rendered(create_test_env(TASK, hyperparams=dict(env_kwargs=dict(render_mode="rgb_array"))))
 
 
-def test_own_tasks_of_the_dm_control_namespace_stay_as_they_are() -> None:
+def test_custom_tasks_under_dm_control_stay_as_they_are() -> None:
     register_dm_control()
     gym.register("dm_control/own-task-v0", OwnTask, kwargs=dict(scale=5.0), max_episode_steps=50)
     try:

@@ -1,1 +1,1 @@
-"""Runs that can be stopped and resumed: checkpoints of all that a training consists of."""
+"""Runs that can be stopped and resumed."""

@@ -23,7 +23,7 @@ SelfResumable = TypeVar("SelfResumable", bound="ResumableAlgorithm")
 
 class ResumableAlgorithm(OffPolicyAlgorithm):
     """
-    Off-policy algorithm that :class:`sb3_mfpo.RunCheckpointCallback` saves between rollouts, and that ``resume`` goes on with.
+    Off-policy algorithm whose runs :class:`sb3_mfpo.RunCheckpointCallback` saves between rollouts, and ``resume`` continues.
 
     :param args: Those of SB3's ``OffPolicyAlgorithm``
     :param kwargs: Those of SB3's ``OffPolicyAlgorithm``
@@ -31,13 +31,14 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        # Which environments have just begun an episode, after so many steps
+        # Which environments had just begun an episode when the last transition was stored, and after how many steps that was
         self._episode_starts = np.ones(1, dtype=bool)
         self._stored_timesteps = 0
-        # Which run this is, for its checkpoints; what saves it while it trains
+        # Identifies the run in its checkpoints
         self._run_id = ""
+        # Only during ``learn``
         self._saver: RunSaver | None = None
-        # What is left to restore when the training of a resumed run begins
+        # Between ``resume`` and ``learn``: what is left to restore
         self._run_state: dict[str, Any] | None = None
 
     def _setup_learn(
@@ -51,9 +52,9 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         state, self._run_state = self._run_state, None
         action_noise = self.action_noise
         if state is not None:
-            # A training begins by resetting it
+            # SB3 resets the action noise when a training begins
             action_noise = copy.deepcopy(action_noise)
-            # The number of steps is that of the whole run, as in the call that was interrupted
+            # The caller gives the steps of the whole run, as in the call that was interrupted
             total_timesteps, reset_num_timesteps = total_timesteps - self.num_timesteps, False
         elif reset_num_timesteps or not self._run_id:
             self._run_id = uuid.uuid4().hex
@@ -93,7 +94,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
             super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
             self._save_run_if_due(at_the_end=True)
         except Exception:
-            # Processes of environments get Ctrl-C as well, and may end before the step is done
+            # Ctrl-C also reaches the environments' processes; they may end before the step is done
             if self._saver is not None and self._saver.received is not None:
                 self._save_run_if_due()
             raise
@@ -127,18 +128,18 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         **kwargs: Any,
     ) -> SelfResumable:
         """
-        Go on with a run from a checkpoint of :class:`sb3_mfpo.RunCheckpointCallback`. The next ``learn`` continues it: its
-        ``total_timesteps`` are those of the whole run, so that the call is the same as before.
+        Load a run from a checkpoint of :class:`sb3_mfpo.RunCheckpointCallback`. The next ``learn`` continues it. Its
+        ``total_timesteps`` counts from the beginning of the run, so the call is the same as before.
 
-        :param path: A checkpoint (".zip" may be left out), or the folder of the checkpoints: the newest one that is whole. It
-            is unpickled, which can run code: resume only files that you trust.
-        :param env: The environment to go on with, wrapped as it was (if registered in Gym, can be str)
+        :param path: A checkpoint (".zip" may be left out), or the folder of the checkpoints, of which the newest undamaged one
+            is taken. It is unpickled, which can run code: resume only files that you trust.
+        :param env: The environment to continue in, wrapped as before (if registered in Gym, can be str)
         :param device: Device on which the code should run
         :param name_prefix: The checkpoints' common prefix
         :param kwargs: Arguments to change, see ``load``
         :return: The model
         :raises FileNotFoundError: If there is no checkpoint
-        :raises ValueError: If no checkpoint is whole, or the environments do not fit
+        :raises ValueError: If every checkpoint is damaged, or the number of environments differs
         """
         path, state = read_newest_run(Path(path), name_prefix)
         model = cls.load(path, env=maybe_make_env(env, verbose=0), device=device, **kwargs)

@@ -21,23 +21,23 @@ from sb3_mfpo.runs.state import remember_start, run_state
 
 class RunCheckpointCallback(BaseCallback):
     """
-    Write checkpoints that hold all of a run: every ``save_freq`` steps, at the end, and on SIGTERM and SIGINT, which then end
-    the training as usual (exit code 143; ``KeyboardInterrupt``). ``MFPO.resume`` and ``SOM.resume`` go on from them; ``load``
-    reads the model in them.
+    Write checkpoints that hold a whole run: every ``save_freq`` steps, at the end, and on SIGTERM and SIGINT, which then end
+    the training as usual (exit code 143; ``KeyboardInterrupt``). ``MFPO.resume`` and ``SOM.resume`` continue the run; ``load``
+    reads the model alone.
 
-    A checkpoint is written between two rollouts. It takes its name only when it is whole; the one before is kept until then.
-    One that cannot be written (a full disk) is warned of, and the training goes on.
+    A checkpoint is written between two rollouts. It takes its name only when it is complete, and older ones are kept until
+    then. If it cannot be written, because the disk is full for example, a warning says so and the training continues.
 
     Within ``EveryNTimesteps`` or ``EvalCallback`` it counts their events in place of steps, as SB3's callbacks do.
 
     :param save_freq: Save every so many calls of ``env.step()``, as in SB3's callbacks
     :param save_path: Folder for the checkpoints
     :param name_prefix: Their common prefix; files are called ``<prefix>_<steps>_steps.zip``
-    :param keep: How many of this run's to keep, at least 1; 2 leave one to fall back on
+    :param keep: How many checkpoints of this run to keep, at least 1; with 2, one is left if the newest is damaged
     :param on_signals: Whether to save on SIGTERM and SIGINT (in the main thread only)
     :param verbose: Verbosity level: 0 for no output, 2 for indicating when a checkpoint is saved
-    :raises ValueError: If an argument is out of range; when the training begins, if the folder holds checkpoints of another
-        run, or if the algorithm is none of this package
+    :raises ValueError: If an argument is out of range. When the training begins: if the folder holds checkpoints of another
+        run, or if the algorithm is not one of this package
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class RunCheckpointCallback(BaseCallback):
         saver = getattr(self.model, "_saver", None)
         if not isinstance(saver, RunSaver):
             raise ValueError(
-                f"`RunCheckpointCallback` saves runs of MFPO and SOM, which `resume` goes on with, not of "
+                f"`RunCheckpointCallback` saves runs of MFPO and SOM, which `resume` continues, not of "
                 f"{type(self.model).__name__}: use SB3's `CheckpointCallback`."
             )
         self.save_path.mkdir(parents=True, exist_ok=True)
@@ -77,8 +77,8 @@ class RunCheckpointCallback(BaseCallback):
 
     def _checkpoints_of_this_run(self) -> list[Path]:
         """
-        :return: What the run has written before, the oldest first
-        :raises ValueError: If there is anything else that ``resume`` could take for this run's newest
+        :return: This run's checkpoints in the folder, the oldest first
+        :raises ValueError: If ``resume`` could take another checkpoint in the folder for this run's newest
         """
         model: Any = self.model
         found = []
@@ -89,7 +89,7 @@ class RunCheckpointCallback(BaseCallback):
             elif run_id is not None and (run_id != model._run_id or _is_whole(path)):
                 raise ValueError(
                     f"`save_path` holds checkpoints of another run, or of later steps of this one: {path}. They would be "
-                    f"taken for this run's. Go on with that run (`{type(model).__name__}.resume`), choose another "
+                    f"taken for this run's. Continue that run (`{type(model).__name__}.resume`), choose another "
                     "`save_path` or `name_prefix`, or move them away."
                 )
         return found
@@ -99,15 +99,8 @@ class RunCheckpointCallback(BaseCallback):
         model: Any = self.model
         return model._saver.goes_on
 
-    def is_due(self, signalled: bool) -> bool:
-        """
-        :param signalled: Whether the training is to end by a signal
-        :return: Whether a checkpoint is to be written now
-        """
-        return self._due or (signalled and self.on_signals)
-
     def save(self) -> None:
-        """Write a checkpoint now, then remove this run's beyond ``keep``."""
+        """Write a checkpoint now, then remove this run's oldest ones beyond ``keep``."""
         self._due = False
         model: Any = self.model
         steps = model.num_timesteps
@@ -116,8 +109,8 @@ class RunCheckpointCallback(BaseCallback):
             write_run(model, model._saver.state(), path)
         except OSError as error:
             warnings.warn(
-                f"The checkpoint {path} could not be written ({error}); older ones are untouched. Training goes on, and the "
-                f"next attempt comes in {self.save_freq} steps.",
+                f"The checkpoint {path} could not be written ({error}); older ones are untouched. Training goes on; the next "
+                f"attempt is in {self.save_freq} steps.",
                 stacklevel=2,
             )
             return
@@ -139,8 +132,8 @@ def _is_whole(path: Path) -> bool:
 
 class RunSaver:
     """
-    What an algorithm asks during ``learn``: the callbacks that save the run, and whether a signal has asked it to end. Without
-    such callbacks it does nothing. Copies and pickles start anew.
+    Saves an algorithm's run during ``learn``, as its checkpoint callbacks ask for it, and handles signals. Without such
+    callbacks it does nothing. A copy or pickle of it starts empty: it must not hold signal handlers.
 
     :param model: The algorithm
     """
@@ -158,7 +151,7 @@ class RunSaver:
 
     def begin(self, outermost: BaseCallback) -> None:
         """
-        To be called when the training is set up.
+        Take over the signals, if a callback asks for it. To be called when the training is set up.
 
         :param outermost: The callbacks of the training, as one
         """
@@ -172,7 +165,7 @@ class RunSaver:
                 self._previous_handlers[kind] = signal.signal(kind, self._on_signal)
 
     def release(self) -> None:
-        """To be called when the training has ended, in whatever way: gives the signals back."""
+        """Give the signals back. To be called when the training has ended, for whatever reason."""
         for kind, handler in self._previous_handlers.items():
             signal.signal(kind, handler)
         self._previous_handlers.clear()
@@ -180,26 +173,26 @@ class RunSaver:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
-            # The second time
+            # The second signal acts at once
             self.release()
             signal.raise_signal(number)
         self.received = signal.Signals(number)
 
     @property
     def goes_on(self) -> bool:
-        """Whether a rollout may go on; one of many steps may take longer than whoever asks to stop will wait."""
+        """Whether a rollout may continue. After a signal, a rollout of many steps is ended: it could take too long."""
         return self.received is None or self.model.train_freq == TrainFreq(1, TrainFrequencyUnit.STEP)
 
     def save_if_due(self, at_the_end: bool = False) -> None:
         """
-        To be called between rollouts.
+        Save what is due, then end the training if a signal was received. To be called between rollouts.
 
-        :param at_the_end: Whether the training has come to its end
+        :param at_the_end: Whether the training is complete
         :raises KeyboardInterrupt: After SIGINT
         :raises SystemExit: After SIGTERM
         """
         for callback in self.callbacks:
-            if at_the_end or callback.is_due(self.received is not None):
+            if at_the_end or callback._due or (self.received is not None and callback.on_signals):
                 callback.save()
         if self.received is not None:
             self.release()
@@ -209,7 +202,7 @@ class RunSaver:
 
     def state(self) -> dict[str, Any]:
         """
-        :return: The run's state; it is warned of, once, if the environments' is not known
+        :return: The run's state. The first time that the environments' state is unknown, a warning says why.
         """
         assert self._outermost is not None
         state = run_state(self.model, self._outermost)
@@ -224,7 +217,7 @@ class RunSaver:
         return state
 
 
-# A process that is forked within a training (a simulator that is started anew) must be able to end by a signal
+# A process that is forked during a training, such as a simulator that is restarted, must end on a signal, not save the run
 _WITH_HANDLERS: weakref.WeakSet[RunSaver] = weakref.WeakSet()
 
 

@@ -1,8 +1,8 @@
 """
 Checkpoint files.
 
-A checkpoint is a model file of SB3 (``load`` reads it as any other) with what else a run consists of in further entries:
-replay buffer, random states, environments, callbacks. It appears under its name only when it is whole.
+A checkpoint is a model file of SB3, which ``load`` reads like any other. Further entries hold the rest of the run: replay
+buffer, random states, environments, callbacks. The file takes its name only when it is complete.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from sb3_mfpo.runs.files import UNFINISHED, replacing
 
 # Entries of the zip file. Those that end with ".pth" would be taken for parameters of the model
 STATE, ARRAY, RUN_ID = "run/state.pickle", "run/array_{}.bin", "run/id.txt"
-# Bytes that are written at once, and that are looked at for zeros at once
+# Bytes that are written at once, and that are searched for zeros at once
 CHUNK, BLOCK = 2**24, 2**20
 
 
 def write_run(model: OffPolicyAlgorithm, state: dict[str, Any], path: Path) -> None:
     """
-    Write a model and the rest of its run. Arrays go to the file as they lie in memory, without copies; zeros at their ends,
-    such as the unused part of a replay buffer, are left out.
+    Write a model and the rest of its run. Arrays are written without copies. Zeros at their ends, such as the unused part of a
+    replay buffer, are left out.
 
     :param model: The model
-    :param state: The rest, anything that can be pickled; its ``run_id`` says which run this is
+    :param state: The rest, anything that can be pickled; its ``run_id`` identifies the run
     :param path: The file's path
-    :raises OSError: If it cannot be written; an older file of this name is then still there
+    :raises OSError: If the file cannot be written; an older file of this name is kept
     """
     arrays: list[pickle.PickleBuffer] = []
     pickled = pickle.dumps(state, protocol=5, buffer_callback=arrays.append)
@@ -51,7 +51,7 @@ def write_run(model: OffPolicyAlgorithm, state: dict[str, Any], path: Path) -> N
 
 
 def _used_length(view: np.ndarray) -> int:
-    """Number of bytes up to the last block that holds something."""
+    """Number of bytes up to the last block that is not zero."""
     end = len(view)
     while end > 0 and not view[max(end - BLOCK, 0) : end].any():
         end -= BLOCK
@@ -60,7 +60,7 @@ def _used_length(view: np.ndarray) -> int:
 
 def read_run(path: Path) -> dict[str, Any]:
     """
-    Read the rest of a run. It is unpickled, which can run code: read only files that you trust.
+    Read a run without its model. It is unpickled, which can run code: read only files that you trust.
 
     :param path: A checkpoint
     :return: What ``write_run`` was given as state
@@ -72,8 +72,8 @@ def read_run(path: Path) -> dict[str, Any]:
             if damaged is not None:
                 raise zipfile.BadZipFile(f"checksum of {damaged}")
             if "data" not in archive.namelist():
-                # The end of a cut file can look like the end of one of the files within it
-                raise zipfile.BadZipFile("it is cut")
+                # A truncated file can end like a zip file, because the model's entries are zip files
+                raise zipfile.BadZipFile("it is truncated")
             if STATE not in archive.namelist():
                 raise ValueError(
                     f"{path} is a model, but not a checkpoint of a run: it has no replay buffer and no random states. Use "
@@ -86,16 +86,8 @@ def read_run(path: Path) -> dict[str, Any]:
                     start = 0
                     while start < len(array) and (n := entry.readinto(array[start : start + CHUNK].data)):  # type: ignore[attr-defined]
                         start += n
-    # Damage can look like anything to the zip reader
-    except (
-        zipfile.BadZipFile,
-        OSError,
-        EOFError,
-        KeyError,
-        RuntimeError,
-        NotImplementedError,
-        pickle.UnpicklingError,
-    ) as error:
+    # What the zip reader raises depends on where the damage is
+    except (zipfile.BadZipFile, OSError, EOFError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
         raise ValueError(f"The checkpoint {path} is damaged ({error}).") from error
     return pickle.loads(pickled, buffers=arrays)
 
@@ -103,7 +95,7 @@ def read_run(path: Path) -> dict[str, Any]:
 def is_run(path: str | Path) -> bool:
     """
     :param path: A file
-    :return: Whether it is a checkpoint of a run, and not only a model
+    :return: Whether it is a checkpoint of a run, not a model alone
     """
     if not zipfile.is_zipfile(path):
         return False
@@ -114,7 +106,7 @@ def is_run(path: str | Path) -> bool:
 def run_id_of(path: Path) -> str | None:
     """
     :param path: A checkpoint
-    :return: Which run it is of; None if the file is too damaged to say
+    :return: The run's id, "" of a file without one; None if the file is too damaged to read it
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -129,7 +121,7 @@ def checkpoints(folder: Path, name_prefix: str) -> list[Path]:
     """
     :param folder: Where checkpoints are
     :param name_prefix: Their common prefix
-    :return: Checkpoints, the newest (by steps) first
+    :return: The checkpoints there, the one with the most steps first
     """
     return sorted(_named(folder, name_prefix, ".zip"), key=steps_of, reverse=True)
 
@@ -138,7 +130,7 @@ def unfinished(folder: Path, name_prefix: str) -> list[Path]:
     """
     :param folder: Where checkpoints are
     :param name_prefix: Their common prefix
-    :return: What is left of checkpoints that were being written when the process was killed
+    :return: Incomplete files, left by processes that were killed while they wrote
     """
     return _named(folder, name_prefix, f".zip{UNFINISHED}")
 
@@ -151,18 +143,18 @@ def _named(folder: Path, name_prefix: str, suffix: str) -> list[Path]:
 def steps_of(path: Path) -> int:
     """
     :param path: A checkpoint
-    :return: After how many environment steps it was written, by its name
+    :return: The environment steps in its name
     """
     return int(path.stem.split("_")[-2])
 
 
 def read_newest_run(path: Path, name_prefix: str) -> tuple[Path, dict[str, Any]]:
     """
-    :param path: A checkpoint, whose ".zip" may be left out, or a folder of checkpoints, of which the newest whole one is taken
+    :param path: A checkpoint (".zip" may be left out), or a folder, whose newest undamaged checkpoint is taken
     :param name_prefix: The checkpoints' common prefix
-    :return: Its path; the state in it
+    :return: The checkpoint's path; the state in it
     :raises FileNotFoundError: If there is no checkpoint
-    :raises ValueError: If none is whole
+    :raises ValueError: If all are damaged
     """
     if not path.is_dir():
         if not path.exists():
@@ -173,11 +165,9 @@ def read_newest_run(path: Path, name_prefix: str) -> tuple[Path, dict[str, Any]]
     candidates = checkpoints(path, name_prefix)
     if not candidates:
         raise FileNotFoundError(f"There is no checkpoint {name_prefix}_<steps>_steps.zip in {path}.")
-    for candidate in candidates:
+    for candidate in candidates[:-1]:
         try:
             return candidate, read_run(candidate)
         except ValueError as error:
-            if candidate is candidates[-1]:
-                raise
             warnings.warn(f"{error} Going back to an older one.", stacklevel=3)
-    raise AssertionError
+    return candidates[-1], read_run(candidates[-1])

@@ -1,12 +1,13 @@
 """
-The state of vectorized environments, so that a run goes on within an episode.
+The state of vectorized environments, so that a run resumes within an episode.
 
 Known are Gymnasium's MuJoCo and classic-control tasks, dm_control's suite, the usual wrappers, and every environment or
-wrapper whose class has ``state_dict()`` and ``load_state_dict(state)``. Known means the class itself, not one derived from it.
-Of anything else :class:`UnknownState` says what it is; nothing is guessed.
+wrapper whose class has ``state_dict()`` and ``load_state_dict(state)``. A class derived from a known one is not known, because
+it may have a state of its own. Nothing is guessed: anything else is reported as unknown, with its name.
 
-Every layer of a stack has a state of two parts: what belongs to the run (statistics, log files, random numbers) and what
-belongs to the episode. Where an episode cannot go on, the former is restored alone.
+Every layer of a stack (an environment, or a wrapper without what it wraps) has a state of two parts: what belongs to the run
+(statistics, log files, random numbers) and what belongs to the episode. Where an episode cannot continue, only the first part
+is restored.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ State = dict[str, Any]
 
 
 class Attributes(NamedTuple):
-    """Names of a wrapper's attributes that change: those of the run, and those of the episode."""
+    """Names of the attributes that a wrapper changes: those of the run, and those of the episode."""
 
     run: tuple[str, ...] = ()
     episode: tuple[str, ...] = ()
@@ -51,14 +52,14 @@ _STATELESS = {
     "stable_baselines3.common.vec_env.vec_extract_dict_obs": ("VecExtractDictObs",),
     "stable_baselines3.common.vec_env.vec_check_nan": ("VecCheckNan",),
 }
-# Settings, which belong to whoever makes the environments, are not among the attributes
+# Without settings, which come from whoever makes the environments
 WRAPPERS: dict[str, Attributes] = {
     **{f"{module}.{name}": Attributes() for module, names in _STATELESS.items() for name in names},
-    # Seeds that the next reset takes
+    # Seeds and options of the next reset
     f"{_SB3}vec_env.dummy_vec_env.DummyVecEnv": Attributes(run=("_seeds", "_options")),
     f"{_SB3}vec_env.subproc_vec_env.SubprocVecEnv": Attributes(run=("_seeds", "_options")),
     f"{_COMMON}TimeLimit": Attributes(episode=("_elapsed_steps",)),
-    # rl_zoo3 puts it in the place of Gymnasium's
+    # rl_zoo3 replaces Gymnasium's by it
     "rl_zoo3.gym_patches.PatchedTimeLimit": Attributes(episode=("_elapsed_steps",)),
     f"{_COMMON}OrderEnforcing": Attributes(episode=("_has_reset",)),
     f"{_COMMON}RecordEpisodeStatistics": Attributes(
@@ -84,37 +85,37 @@ WRAPPERS: dict[str, Attributes] = {
     ),
     f"{_SB3}vec_env.vec_frame_stack.VecFrameStack": Attributes(episode=("stacked_obs",)),
 }
-# Attributes that hold a time at which something began, and their clock: what is kept is how long ago that was
+# Attributes that hold the time at which something began, and their clocks. The time that has passed since is saved.
 CLOCKS: dict[str, Callable[[], float]] = {"t_start": time.time, "episode_start_time": time.perf_counter}
 
-# Attributes of a wrapper that has none of its own
+# All attributes of a wrapper that has none of its own
 BARE_WRAPPER = {*vars(gym.Wrapper(gym.Env())), "_saved_kwargs"}
 
-# Names of the spaces that may draw
+# Spaces with random numbers of their own
 SPACES = ("action_space", "observation_space")
 
 # Where the classes of known tasks are defined
 TASKS = ("gymnasium.envs.classic_control.", "gymnasium.envs.mujoco.")
 DM_CONTROL_TASKS = ("dm_control.suite.",)
 DM_CONTROL_PHYSICS = ("dm_control.suite.", "dm_control.mujoco.engine")
-# Attributes of tasks that say how they were made, and that draw pictures
+# Attributes of tasks that are no state: how they were made, and what draws pictures
 SETTINGS = ("spec", "metadata", "_ezpickle_args", "_ezpickle_kwargs", "_cached_spec")
 DRAWING = ("pygame", "gymnasium.envs.mujoco.mujoco_rendering")
 PLAIN = (bool, int, float, complex, str, bytes, np.generic, np.ndarray, type(None))
 MUJOCO = ("mujoco._structs.MjModel", "mujoco._structs.MjData")
-# Arrays of a simulator's model from so many bytes on (meshes, textures) are not saved but compared by a checksum
+# Arrays of a simulator's model of at least so many bytes (meshes, textures) are not saved; a checksum compares them
 LARGE = 2**20
 
 
 class UnknownState(Exception):
-    """The state of something is not to be had, or does not fit; the message says of what, in a few words."""
+    """A state cannot be saved, or does not fit; the message says which, in a few words."""
 
 
 def capture(venv: VecEnv) -> State:
     """
     :param venv: Vectorized environments, between two steps
-    :return: Their state, to be pickled: that of the ``wrappers`` around them and of the layers of each of the
-        ``environments``, and the reason for which the episodes cannot go on from it, ``unknown`` (None if they can)
+    :return: Their state, which can be pickled: of the vectorized ``wrappers``; of the layers of each of the ``environments``;
+        ``unknown``, why the episodes cannot continue from it (None if they can)
     """
     wrappers = [_capture_layer(layer) for layer in _vec_layers(venv)]
     layers, reasons = list(wrappers), []
@@ -122,7 +123,7 @@ def capture(venv: VecEnv) -> State:
     try:
         environments = [pickle.loads(pickled) for pickled in _call_on_each(venv, _capture_env)]
         layers += [layer for env in environments for layer in env]
-    except Exception as error:  # Theirs: whatever it is, the rest of the run can be saved
+    except Exception as error:  # Environments may raise anything; the rest of the run can be saved
         reasons.append(repr(error))
     reasons += [layer["unknown"] for layer in layers if layer["unknown"]]
     return {"wrappers": wrappers, "environments": environments, "unknown": reasons[0] if reasons else None}
@@ -130,13 +131,13 @@ def capture(venv: VecEnv) -> State:
 
 def restore(venv: VecEnv, state: State, within_episode: bool) -> None:
     """
-    Put a state back. The environments were reset before.
+    Restore a state. Reset the environments first.
 
     :param venv: Vectorized environments, made and wrapped as those of ``capture``
     :param state: From ``capture``
-    :param within_episode: Whether the episodes go on, or only the run
-    :raises UnknownState: If they were not made and wrapped as those of ``capture``; the episodes must then begin anew. What
-        belongs to the run has been restored for the wrappers that are there.
+    :param within_episode: Whether the episodes continue, or only the run
+    :raises UnknownState: If they were not made and wrapped as those of ``capture``. The episodes must then begin anew; what
+        belongs to the run has been restored in the wrappers that are in both.
     """
     now = list(_vec_layers(venv))
     reasons = [_restore_layers(now, state["wrappers"], within_episode)]
@@ -163,13 +164,8 @@ def _env_layers(env: gym.Env) -> Iterator[gym.Env]:
 
 def _call_on_each(venv: VecEnv, function: Callable[..., Any], arguments: list[Any] | None = None) -> list[Any]:
     """
-    Call a function with each of the environments, where they are.
-
-    :param venv: Vectorized environments
-    :param function: A function of this module that does not raise: that would end a process
-    :param arguments: A second argument for each
-    :return: What it returns; nothing of vectorized environments that are not known
-    :raises UnknownState: If the environments do not answer
+    Call a function of this module with each environment, in the environment's own process, and with one of the arguments if
+    there are any. The function must not raise: that would end a process. Unknown vectorized environments return nothing.
     """
     *_, innermost = _vec_layers(venv)
     columns = [(argument,) for argument in arguments] if arguments else [()] * venv.num_envs
@@ -185,8 +181,8 @@ def _call_on_each(venv: VecEnv, function: Callable[..., Any], arguments: list[An
 
 class _MethodName(str):
     """
-    Name of a function of this module. ``SubprocVecEnv`` can call methods of environments alone; on its way to their process
-    the name makes the function one.
+    Name of a function of this module. ``SubprocVecEnv`` can only call methods of environments: when the name is unpickled in
+    their process, the function becomes a method.
     """
 
     def __reduce__(self) -> tuple[Callable[[str], str], tuple[str]]:
@@ -212,10 +208,7 @@ def _restore_env(env: gym.Env, pickled: bytes) -> str | None:
 
 
 def _capture_layer(layer: Any) -> State:
-    """
-    :param layer: An environment, or a wrapper without what it wraps
-    :return: Its ``name``; the parts ``run`` and ``episode`` of its state; ``unknown``, what of the latter is not known
-    """
+    # `unknown` says why the state of the episode is not complete
     name, run, episode, unknown = _name(layer), {}, {}, None
     try:
         run = {"generators": _generators_of(layer)}
@@ -230,7 +223,7 @@ def _capture_layer(layer: Any) -> State:
             episode = {"dm_control": _dm_control_state(layer._env)}
         elif not (isinstance(layer, gym.Wrapper) and vars(layer).keys() <= BARE_WRAPPER):
             raise UnknownState(f"{name} has no `state_dict` and `load_state_dict`")
-        # What cannot be pickled would end the training when it is saved
+        # Here, because a failure while the run is saved would end the training
         pickle.dumps((run, episode))
     except UnknownState as error:
         unknown = str(error)
@@ -240,12 +233,7 @@ def _capture_layer(layer: Any) -> State:
 
 
 def _restore_layers(layers: list[Any], states: list[State], within_episode: bool) -> str | None:
-    """
-    :param layers: Wrappers, the outermost first, and what they wrap
-    :param states: Of layers that were there once
-    :param within_episode: Whether the episode goes on
-    :return: Why the episode cannot go on, None if it can or need not
-    """
+    """Return why the episode cannot continue; None if it can, or if only the run is restored."""
     names, saved_names = [_name(layer) for layer in layers], [state["name"] for state in states]
     if names != saved_names:
         for state in states:
@@ -306,7 +294,7 @@ def _restore_attributes(layer: Any, state: State) -> None:
 def rewrite(file: Any, content: str) -> None:
     """
     :param file: An open text file
-    :param content: What shall be in it, whatever is there now
+    :param content: Its new content, in place of the present one
     """
     file.seek(0)
     file.truncate()
@@ -318,10 +306,7 @@ def rewrite(file: Any, content: str) -> None:
 
 
 def _generators_of(layer: Any) -> State:
-    """
-    :param layer: An environment or a wrapper
-    :return: Its generator and those of its own spaces; of what has never drawn there is none
-    """
+    # A generator is None until something is drawn
     own_spaces = {name: [part._np_random for part in _parts_of_space(layer, name)] for name in SPACES}
     return {"env": vars(layer).get("_np_random"), **own_spaces}
 
@@ -351,10 +336,7 @@ def _parts(space: Any) -> Iterator[spaces.Space]:
 
 
 def _task_state(env: Any) -> State:
-    """
-    :param env: A MuJoCo or classic-control task
-    :return: Its attributes, and the state of its simulator
-    """
+    # Classic-control tasks have no simulator
     simulation = _simulation_state(env.model, env.data) if hasattr(env, "data") else None
     return {"simulation": simulation, "attributes": _plain_attributes(env)}
 
@@ -366,15 +348,11 @@ def _restore_task(env: Any, state: State) -> None:
 
 
 def _plain_attributes(thing: Any) -> State:
-    """
-    :param thing: A task
-    :return: Its attributes of plain types
-    :raises UnknownState: If an attribute is neither plain nor known not to be a state
-    """
     attributes = {}
     for name, value in vars(thing).items():
         if name in SETTINGS or _is_saved_elsewhere(value) or _name(value).startswith(DRAWING):
             continue
+        # It may be a state
         if not _is_plain(value):
             raise UnknownState(f"the attribute `{name}` of {_name(thing)} is a {_name(value)}")
         attributes[name] = value
@@ -399,10 +377,6 @@ def _is_saved_elsewhere(value: Any) -> bool:
 
 
 def _dm_control_state(env: Any) -> State:
-    """
-    :param env: Of dm_control
-    :return: The states of its task with its random numbers, and of its physics
-    """
     if _name(env) != "dm_control.rl.control.Environment":
         raise UnknownState(f"{_name(env)} is not a task of dm_control's suite")
     task, physics = env.task, env.physics
@@ -427,11 +401,7 @@ def _restore_dm_control(env: Any, state: State) -> None:
 
 
 def _simulation_state(model: Any, data: Any) -> State:
-    """
-    :param model: ``mujoco.MjModel``, which tasks change as well (a target's place)
-    :param data: ``mujoco.MjData``
-    :return: The state that a simulation goes on from, all that was computed from it so far, and the model
-    """
+    # Besides the state itself: what was computed from it, and the model, which tasks change too (the position of a target)
     import mujoco
 
     kind = mujoco.mjtState.mjSTATE_INTEGRATION
@@ -461,9 +431,9 @@ def _restore_simulation(model: Any, data: Any, state: State) -> None:
         elif current != value:
             setattr(model.opt, name, value)
     mujoco.mj_setState(model, data, state["integration"], mujoco.mjtState.mjSTATE_INTEGRATION)
-    # Contacts and constraints, which the next step may begin from
+    # Computes contacts and constraints, from which the next step may begin
     mujoco.mj_forward(model, data)
-    # What was computed before the last move, and is read before the next one
+    # Some of the data was computed before the last move, and is read before the next one
     for name, array in _arrays(data):
         if array.shape == state["data"][name].shape:
             array[...] = state["data"][name]

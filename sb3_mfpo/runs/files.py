@@ -1,4 +1,4 @@
-"""Writing files so that a crash does no harm."""
+"""Writing files so that a crash leaves the old file or the new one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ UNFINISHED = ".tmp"
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """
-    A new file that takes its name, and the place of an older one, only once it is whole and on the disk.
+    Open a new file for writing. It takes its name, and replaces an older file, only when it is complete and on the disk.
 
     :param path: The file's path; its folder exists
     """
@@ -30,7 +30,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     if os.name == "posix":
-        # The name, too, has to reach the disk
+        # The name has to reach the disk too
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)

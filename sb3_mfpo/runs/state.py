@@ -1,4 +1,4 @@
-"""What a run consists of besides its model file: taking it, and putting it back."""
+"""The state of a run that SB3's model file does not hold: saved, and restored."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from stable_baselines3.common.logger import (
     CSVOutputFormat,
     HumanOutputFormat,
     JSONOutputFormat,
-    KVWriter,
     Logger,
     TensorBoardOutputFormat,
 )
@@ -29,40 +28,37 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from sb3_mfpo.runs import environments
 from sb3_mfpo.runs.environments import UnknownState
 
-# Attribute of a callback that holds digests of its plain attributes, as they were when its first training began
+# A callback's attribute with digests of its plain attributes when its first training began
 START = "_data_at_start"
-# What a callback may count or collect
+# Types of what a callback may count or collect
 PLAIN = (bool, int, float, str, np.number, np.ndarray, list, tuple, dict, type(None))
 
 
 def run_state(model: Any, callback: BaseCallback) -> dict[str, Any]:
     """
-    All of a run that SB3's model file does not hold. To be taken between rollouts.
+    Everything of a run that SB3's model file does not hold. Call it between rollouts.
 
     :param model: An algorithm in training
     :param callback: The callbacks of the training, as one
     :return: For ``write_run``; arrays are those in use, not copies
     """
+    environment_states = environments.capture(model.env)
+    # Where the training was ended within a rollout, its environments are one step ahead of what was stored
+    within_rollout = model._stored_timesteps != model.num_timesteps
+    if within_rollout:
+        environment_states["unknown"] = "the training was ended within a rollout, when the environments were one step ahead"
     return {
         "run_id": model._run_id,
         "replay_buffer": model.replay_buffer,
         "random": random_states(model),
         "last_obs": model._last_obs,
         "last_original_obs": model._last_original_obs,
-        # Where the training was ended within a rollout, its environments are one step ahead
-        "episode_starts": model._episode_starts & (model._stored_timesteps == model.num_timesteps),
-        "environments": _environments_of(model),
+        "episode_starts": model._episode_starts & (not within_rollout),
+        "environments": environment_states,
         "has_normalizer": model.get_vec_normalize_env() is not None,
         "logger": _logger_state(model.logger),
         "callbacks": [(type(part).__name__, _callback_state(part)) for part in parts_of(callback)],
     }
-
-
-def _environments_of(model: Any) -> dict[str, Any]:
-    state = environments.capture(model.env)
-    if model._stored_timesteps != model.num_timesteps:
-        state["unknown"] = "the training was ended within a rollout, when the environments were one step ahead"
-    return state
 
 
 def random_states(model: Any) -> dict[str, Any]:
@@ -111,13 +107,13 @@ def restore_buffer(model: Any, state: dict[str, Any]) -> None:
 
 def restore_run(model: Any, state: dict[str, Any], callback: BaseCallback) -> None:
     """
-    Put everything else back, after the environments were reset and the logger was made. Where the episodes cannot go on, they
-    end in the replay buffer as by a time limit, and new ones have begun.
+    Restore everything but the replay buffer. Call it after the environments were reset and the logger was made. Where the
+    episodes cannot continue, they end in the replay buffer as if by a time limit, and new ones begin.
 
     :param model: A model whose training is about to begin
     :param state: From ``read_run``
     :param callback: The callbacks of the training, as one
-    :raises ValueError: If the environments are normalised now and were not then, or the reverse
+    :raises ValueError: If the environments are wrapped in ``VecNormalize`` now and were not before, or the reverse
     """
     normalizer = model.get_vec_normalize_env()
     if (normalizer is not None) != state["has_normalizer"]:
@@ -129,7 +125,7 @@ def restore_run(model: Any, state: dict[str, Any], callback: BaseCallback) -> No
             setattr(model, f"_{name}", state[name])
     else:
         _end_episodes(model, state["episode_starts"])
-        warnings.warn(f"The environments begin new episodes, as they cannot go on where they were: {reason}.", stacklevel=6)
+        warnings.warn(f"The environments begin new episodes, because the old ones cannot continue: {reason}.", stacklevel=6)
     _restore_logger(model.logger, state["logger"], model.num_timesteps)
     for part, (kind, saved) in zip(parts_of(callback), state["callbacks"], strict=False):
         if type(part).__name__ == kind:
@@ -141,7 +137,7 @@ def _restore_environments(model: Any, saved: dict[str, Any]) -> str | None:
     """
     :param model: A model whose environments were reset
     :param saved: From ``environments.capture``
-    :return: Why the environments have begun new episodes; None if they go on
+    :return: Why the environments have begun new episodes; None if the episodes continue
     """
     reason = saved["unknown"]
     if reason is None:
@@ -150,27 +146,24 @@ def _restore_environments(model: Any, saved: dict[str, Any]) -> str | None:
             return None
         except UnknownState as error:
             reason = str(error)
-            # Some of them may have been put back
+            # Some of the environments may have been restored
             model._last_obs = model.env.reset()
     with suppress(UnknownState):
         environments.restore(model.env, saved, within_episode=False)
     normalizer = model.get_vec_normalize_env()
     if normalizer is not None:
-        # The reset has normalised by statistics that knew nothing
+        # The reset has normalised before the statistics were restored
         model._last_original_obs = normalizer.get_original_obs()
         model._last_obs = normalizer.normalize_obs(model._last_original_obs)
     return reason
 
 
 def _end_episodes(model: Any, episode_starts: np.ndarray) -> None:
-    """
-    :param model: A model with the run's replay buffer
-    :param episode_starts: Which environments had just begun an episode, shape (n_envs,)
-    """
+    # An environment that had just begun an episode has nothing to end
     buffer = model.replay_buffer
     if isinstance(buffer, HerReplayBuffer):
         with warnings.catch_warnings():
-            # It says that it does what is wanted here
+            # Truncating is what is wanted here
             warnings.filterwarnings("ignore", message="The last trajectory in the replay buffer will be truncated")
             buffer.truncate_last_trajectory()
     elif buffer.size() > 0:
@@ -178,7 +171,7 @@ def _end_episodes(model: Any, episode_starts: np.ndarray) -> None:
         ends[buffer.pos - 1, ~episode_starts] = True
 
 
-# The logger: what it has not yet written, and its files, which a new one has emptied
+# The logger: what it has not yet written, and its files, which a new logger empties
 
 
 def _logger_state(logger: Logger) -> dict[str, Any]:
@@ -205,12 +198,7 @@ def _restore_logger(logger: Logger, state: dict[str, Any], steps: int) -> None:
 
 
 def _forget_later_events(output: TensorBoardOutputFormat, steps: int) -> None:
-    """
-    Let TensorBoard pass over what the run had logged after the checkpoint, as ``SummaryWriter(purge_step=...)`` does.
-
-    :param output: In the folder of the run
-    :param steps: Environment steps at the checkpoint
-    """
+    # Tells TensorBoard to ignore what was logged after the checkpoint, as ``SummaryWriter(purge_step=...)`` does
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
     writer = output.writer.file_writer
@@ -219,13 +207,13 @@ def _forget_later_events(output: TensorBoardOutputFormat, steps: int) -> None:
 
 
 def _outputs_to_files(logger: Logger) -> list[Any]:
-    return [output for output in logger.output_formats if _writes_a_file(output)]
-
-
-def _writes_a_file(output: KVWriter) -> bool:
-    if isinstance(output, HumanOutputFormat):
-        return output.own_file
-    return isinstance(output, (CSVOutputFormat, JSONOutputFormat))
+    # A human-readable output may be the console
+    return [
+        output
+        for output in logger.output_formats
+        if isinstance(output, (CSVOutputFormat, JSONOutputFormat))
+        or (isinstance(output, HumanOutputFormat) and output.own_file)
+    ]
 
 
 def _log_file(output: Any) -> dict[str, Any]:
@@ -253,7 +241,7 @@ def parts_of(callback: BaseCallback) -> list[BaseCallback]:
 
 def remember_start(callback: BaseCallback) -> None:
     """
-    Let checkpoints hold what callbacks count and collect from now on, or from when they were first remembered.
+    Remember what callbacks hold, so that checkpoints save what has changed since. Later calls keep the first memory.
 
     :param callback: The callbacks of a training that begins, as one
     """
@@ -262,11 +250,7 @@ def remember_start(callback: BaseCallback) -> None:
 
 
 def _callback_state(callback: BaseCallback) -> dict[str, Any]:
-    """
-    :param callback: A callback whose start was remembered
-    :return: ``data``: public attributes of plain types that have changed since then; ``environments``, those that it evaluates
-        in
-    """
+    # Public attributes of plain types that have changed since the start, and the environments that it evaluates in
     start = vars(callback).get(START, {})
     changed = {name: data for name, data in _plain_attributes(callback).items() if _digest(data) != start.get(name)}
     evaluation = environments.capture(callback.eval_env) if isinstance(callback, EvalCallback) else None
@@ -282,7 +266,7 @@ def _restore_callback(callback: BaseCallback, state: dict[str, Any]) -> None:
 
 
 class _DataPickler(pickle.Pickler):
-    """Refuses what is no data."""
+    """Refuses models, environments and other objects that a callback works on."""
 
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, (BaseCallback, BaseAlgorithm, VecEnv, th.nn.Module, ReplayBuffer)):
@@ -295,7 +279,7 @@ def _plain_attributes(callback: BaseCallback) -> dict[str, bytes]:
     for name, value in vars(callback).items():
         if isinstance(value, PLAIN) and not name.startswith("_") and name not in ("locals", "globals", "callbacks"):
             data = io.BytesIO()
-            # A list may hold anything
+            # A list may hold what cannot be pickled
             with suppress(Exception):
                 _DataPickler(data).dump(value)
                 attributes[name] = data.getvalue()

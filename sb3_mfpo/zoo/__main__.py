@@ -39,11 +39,11 @@ rl_zoo3 (https://rl-baselines3-zoo.readthedocs.io) with --algo mfpo and --algo s
   {", ".join(COMMANDS)}
       as in rl_zoo3; `<command> --help` lists the arguments
   doctor
-      versions, device and renderer of this installation, what is wrong with it and how to mend it"""
+      versions, device and renderer of this installation, its problems and how to fix them"""
 
 
 class UserError(Exception):
-    """What the user can mend, said in one line."""
+    """A mistake that the user can correct, said in one line."""
 
 
 def main() -> None:
@@ -61,7 +61,7 @@ def main() -> None:
             raise UserError(f"unknown command {command!r}, choose from {', '.join(COMMANDS)}, doctor")
         run(command, sys.argv[2:])
     except (UserError, NoRendererError) as error:
-        # What was said before comes before, also where both go to one file
+        # Keeps the order of what was printed where both streams go to one file
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -73,7 +73,7 @@ def run(command: str, arguments: list[str]) -> None:
 
     :param command: One of ``COMMANDS``
     :param arguments: Its arguments
-    :raises UserError: If something is missing or wrong that can be seen beforehand
+    :raises UserError: If something is missing or wrong that can be found before it runs
     """
     try:
         import rl_zoo3  # noqa: F401
@@ -88,7 +88,7 @@ def run(command: str, arguments: list[str]) -> None:
     read_arguments = argparse.ArgumentParser.parse_args
 
     def read_and_prepare(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
-        # The first parser is the command's; what it calls may have others
+        # Only the first parser is the command's
         argparse.ArgumentParser.parse_args = read_arguments  # type: ignore[method-assign]
         try:
             options = read_arguments(parser, *args, **kwargs)
@@ -102,25 +102,25 @@ def run(command: str, arguments: list[str]) -> None:
 
     argparse.ArgumentParser.parse_args = read_and_prepare  # type: ignore[method-assign,assignment]
     with warnings.catch_warnings():
-        # The package of the plots imports them
+        # The plots' package imports the module that is run
         warnings.filterwarnings("ignore", message=".*found in sys.modules", category=RuntimeWarning)
         runpy.run_module(COMMANDS[command], run_name="__main__")
 
 
 def prepare(command: str, options: argparse.Namespace) -> None:
     """
-    Get ready what a command needs.
+    Prepare what a command needs.
 
     :param command: One of ``COMMANDS``
-    :param options: Its arguments as rl_zoo3 has read them; changed where we know better
-    :raises UserError: If something is missing or wrong that can be seen beforehand
+    :param options: Its arguments as rl_zoo3 has read them; some are changed
+    :raises UserError: If something is missing or wrong that can be found before the command runs
     """
     if command == "record-training":
         provide_ffmpeg()
         # It calls `python -m rl_zoo3.record_video`, which does not know our algorithms
         subprocess.call = record_video_with_us  # type: ignore[assignment]
     if command == "train" or command in PLAYING:
-        # rl_zoo3 has another type for it in all commands but `train`
+        # In all commands except `train` it is an object of rl_zoo3's
         env_id = getattr(options.env, "gym_id", options.env)
         register_task(env_id, getattr(options, "gym_packages", []))
     if command == "enjoy" and not options.no_render and not has_display():
@@ -138,10 +138,7 @@ def prepare(command: str, options: argparse.Namespace) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """
-    :param error: An error
-    :return: Its kind and message
-    """
+    """The error's kind and message."""
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
@@ -149,7 +146,7 @@ def register_task(env_id: str, packages: list[str]) -> None:
     """
     :param env_id: Gymnasium id
     :param packages: Names of packages that register tasks
-    :raises UserError: If one of the packages, or what the task needs, cannot be imported
+    :raises UserError: If a package, or what the task needs, cannot be imported
     """
     import gymnasium as gym
 
@@ -191,14 +188,14 @@ def check_task(env_id: str) -> None:
 def check_hyperparameters(options: argparse.Namespace) -> None:
     """
     :param options: Of ``train``, with a ``conf_file``
-    :raises UserError: If it cannot be read, or has nothing usable for the task
+    :raises UserError: If the file cannot be read, or has nothing usable for the task
     """
     from rl_zoo3.exp_manager import ExperimentManager
 
     label = f"--conf-file {options.conf_file}"
     try:
         content = read_hyperparameters(options.conf_file)
-    # A Python file may do anything
+    # A Python file may raise anything
     except Exception as error:
         raise UserError(f"{label}: {one_line(error)}") from error
     names = [options.env, *(["atari"] if ExperimentManager.is_atari(options.env) else []), "default"]
@@ -229,7 +226,7 @@ def read_hyperparameters(conf_file: str) -> Any:
 def check_origin(options: argparse.Namespace) -> None:
     """
     :param options: Of ``train``
-    :raises UserError: If the model, or the trial, to begin with cannot be there
+    :raises UserError: If the model or the trial to begin with cannot exist
     """
     agent = options.trained_agent
     if agent and not (agent.endswith(".zip") and Path(agent).is_file()):
@@ -239,7 +236,7 @@ def check_origin(options: argparse.Namespace) -> None:
 
 
 def record_video_with_us(command: list[str], *args: Any, **kwargs: Any) -> int:
-    """``subprocess.call``, but for rl_zoo3's command to record a video, which is replaced by ours."""
+    """``subprocess.call``, with rl_zoo3's command to record a video replaced by ours."""
     if command[1:3] == ["-m", "rl_zoo3.record_video"]:
         command = [sys.executable, "-m", "sb3_mfpo.zoo", "record-video", *command[3:]]
     with subprocess.Popen(command, *args, **kwargs) as process:
@@ -248,9 +245,9 @@ def record_video_with_us(command: list[str], *args: Any, **kwargs: Any) -> int:
 
 def provide_ffmpeg() -> None:
     """
-    Where the system has no ffmpeg, put the one that comes with moviepy on the path.
+    Where the system has no ffmpeg, put moviepy's on the path.
 
-    :raises UserError: If there is none either
+    :raises UserError: If there is neither
     """
     if shutil.which("ffmpeg"):
         return

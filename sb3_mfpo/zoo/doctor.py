@@ -1,4 +1,4 @@
-"""What is installed, what is wrong with it, and how to mend it."""
+"""What is installed, what is wrong with it, and how to fix it."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ PACKAGES = {
 
 def doctor() -> int:
     """
-    Print versions, device and renderer, and every problem with its cure.
+    Print versions, device and renderer, and every problem with its solution.
 
-    :return: The number of problems, at most 1: an exit code
+    :return: The exit code: 1 if there are problems, else 0
     """
     versions = {name: installed_version(name) for names in PACKAGES.values() for name in names}
     print(f"python              {platform.python_version()} on {platform.platform()}")
@@ -69,7 +69,7 @@ def available_cores() -> int:
 def missing_packages(versions: dict[str, str | None]) -> list[str]:
     """
     :param versions: Installed versions by name
-    :return: One problem per extra that is not complete
+    :return: One problem for each extra that is not complete
     """
     problems = []
     for extra, names in PACKAGES.items():
@@ -82,8 +82,8 @@ def missing_packages(versions: dict[str, str | None]) -> list[str]:
 
 def broken_requirements(distribution: str) -> list[str]:
     """
-    :param distribution: Name of a distribution; nothing is said of one that is not installed
-    :return: A problem for each of its requirements that another version is installed of
+    :param distribution: Name of a distribution, which need not be installed
+    :return: A problem for each of its requirements whose installed version does not fit
     """
     try:
         from packaging.requirements import Requirement
@@ -98,7 +98,7 @@ def broken_requirements(distribution: str) -> list[str]:
         if applies and version is not None and not requirement.specifier.contains(version, prereleases=True):
             problems.append(
                 f"{distribution} needs {requirement.name}{requirement.specifier}, but {version} is installed: "
-                f'`pip install "{requirement.name}{requirement.specifier}"`, if need be in an environment of its own.'
+                f'`pip install "{requirement.name}{requirement.specifier}"`, if necessary in a separate environment.'
             )
     return problems
 
@@ -130,9 +130,9 @@ def unused_gpu(torch_has_gpu_support: bool, driver_found: bool) -> list[str]:
 def unusable_renderer(has_mujoco: bool, renderer: str | None, chosen: str | None) -> list[str]:
     """
     :param has_mujoco: Whether mujoco is installed
-    :param renderer: What can be rendered with, None if nothing can
+    :param renderer: The renderer that works, None if none does
     :param chosen: The value of MUJOCO_GL
-    :return: A problem if videos and pixels cannot be made as things are
+    :return: A problem if the chosen renderer, or every renderer, does not work
     """
     if not has_mujoco:
         return []
@@ -147,7 +147,7 @@ def too_many_threads(threads: int, cores: int) -> list[str]:
     """
     :param threads: Threads of PyTorch
     :param cores: Cores that the process may use
-    :return: A problem if threads have to wait for each other
+    :return: A problem if there are more threads than cores
     """
     if threads > cores:
         return [f"PyTorch uses {threads} threads on {cores} cores, which is slow: `export OMP_NUM_THREADS={cores}`."]

@@ -1,4 +1,4 @@
-"""What rl_zoo3 does with an experiment, where it is not what our algorithms need."""
+"""rl_zoo3's experiment, changed where our algorithms need it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ original_create_test_env = utils.create_test_env
 
 
 class Hyperparameters(dict):
-    """Hyperparameters of a file, which those of a trial are added to as ``merged`` says."""
+    """Hyperparameters of a file. ``update`` with those of a trial merges them by ``merged``."""
 
     def copy(self) -> Hyperparameters:
         return Hyperparameters(self)
@@ -38,8 +38,8 @@ class Hyperparameters(dict):
 def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """
     :param below: Hyperparameters in rl_zoo3's format
-    :param above: Others that go before them
-    :return: All; where both have keyword arguments such as ``policy_kwargs``, those of either, as a dictionary
+    :param above: Others, which override them
+    :return: All of them. Keyword arguments such as ``policy_kwargs`` that both have are merged into one dictionary.
     """
     result = {**below, **above}
     for name in below.keys() & above.keys():
@@ -52,7 +52,7 @@ def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def without_checkpoints(callbacks: Any) -> list[Any]:
     """
-    :param callbacks: Of a file of hyperparameters: a name, a dictionary of a name and arguments, or a list of such
+    :param callbacks: From a hyperparameter file: a name, a dictionary of a name and arguments, or a list of these
     :return: The same without ``RunCheckpointCallback``
     """
     listed = callbacks if isinstance(callbacks, list) else [callbacks]
@@ -67,13 +67,13 @@ def _evaluated(value: Any) -> Any:
 
 class Manager(Original):
     """
-    rl_zoo3's experiment, but:
+    rl_zoo3's experiment with these differences:
 
-    - A trial of our algorithms sets the keyword arguments that it has sampled, and leaves the others as the file has them, in
-      the search and with ``--trial-id``.
-    - A checkpoint of a run (``-i``) goes on with that run. Trials write none: they are not gone on with, and each would be
-      another run in the same folder.
-    - Environments that render get a renderer that works, and those of evaluations also the ``env_kwargs`` of the file.
+    - A trial of our algorithms sets only the keyword arguments that it has sampled; the others stay as in the file, in the
+      search and with ``--trial-id``.
+    - ``-i`` with a checkpoint of a run resumes that run. Trials write no checkpoints: they are never resumed, and each would
+      be another run in the same folder.
+    - Environments that render get a renderer that works. Those of evaluations get the ``env_kwargs`` of the file.
     """
 
     def setup_experiment(self) -> tuple[BaseAlgorithm, dict[str, Any]] | None:
@@ -94,14 +94,14 @@ class Manager(Original):
             print(f"With hyperparameters of trial {self.trial_id} of the study {self.study_name}")
             sampled = self.load_trial(self.storage, self.study_name, self.trial_id)
             merge = merged if self.algo in ALGORITHMS else operator.or_
-            # Those of the command line go before those of the trial
+            # The command line overrides the trial
             self.custom_hyperparams = merge(merge(hyperparams, sampled), self.custom_hyperparams or {})
             self.trial_id = None
         return super().read_hyperparameters()
 
     def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
         if self._eval_env_kwargs_args is None:
-            # rl_zoo3 leaves out those of the file
+            # rl_zoo3 ignores those of the file
             self.eval_env_kwargs = self.env_kwargs
         choose_renderer_for(self.env_name.gym_id, self.eval_env_kwargs if eval_env else self.env_kwargs)
         return super().create_envs(n_envs, eval_env, no_log)
@@ -122,8 +122,8 @@ class Manager(Original):
 
 def create_test_env(env_id: str, *args: Any, **kwargs: Any) -> VecEnv:
     """
-    rl_zoo3's function of this name, but with a renderer that works, and with ``env_kwargs`` of the hyperparameters, which
-    rl_zoo3 leaves out in videos.
+    rl_zoo3's function of this name, with a renderer that works and the hyperparameters' ``env_kwargs``, which rl_zoo3 ignores
+    in videos.
 
     :param env_id: Gymnasium id
     :param args: rl_zoo3's
@@ -139,7 +139,7 @@ def create_test_env(env_id: str, *args: Any, **kwargs: Any) -> VecEnv:
 def choose_renderer_for(env_id: str, env_kwargs: dict[str, Any]) -> None:
     """
     :param env_id: Gymnasium id
-    :param env_kwargs: Of an environment; one of DeepMind Control also chooses itself, when it is made
+    :param env_kwargs: The environment's keyword arguments
     :raises NoRendererError: If MuJoCo is asked for images and nothing renders
     """
     if not renders_offscreen(env_kwargs.get("render_mode")):
@@ -150,6 +150,6 @@ def choose_renderer_for(env_id: str, env_kwargs: dict[str, Any]) -> None:
     try:
         choose_renderer()
     except NoRendererError:
-        # Others, such as classic control, do not need it
+        # Other environments, such as classic control, do not need one
         if "mujoco" in sys.modules:
             raise

@@ -1,6 +1,6 @@
 """
-The settings of MFPO's paper, which are MFPO's defaults but for what is here, in rl_zoo3's format: values in ±1600 that start
-uniform, where the zoo's own hyperparameters fit the task or start narrow.
+The settings of MFPO's paper, in rl_zoo3's format. What is not given is MFPO's default, which is the paper's: values in ±1600
+that start uniform. (In the zoo's own hyperparameters the range fits the task, or the values start narrow.)
 
     python -m sb3_mfpo.zoo train --algo mfpo --env HalfCheetah-v5 --conf-file sb3_mfpo.zoo.paper
 """
@@ -12,6 +12,6 @@ from typing import Any
 _COMMON: dict[str, Any] = dict(n_timesteps=1e6, policy="MlpPolicy", learning_starts=10_000)
 hyperparams: dict[str, dict[str, Any]] = {
     "default": _COMMON,
-    # The authors' choice; the minimum of the critics for all others
+    # The authors' choice; the other tasks take the minimum
     "HalfCheetah-v5": {**_COMMON, "critic_reduction": "mean"},
 }

@@ -1,4 +1,4 @@
-"""Makes this package's algorithms and tasks known to the installed rl_zoo3."""
+"""Adds this package's algorithms and tasks to the installed rl_zoo3."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def hyperparameter_file(algorithm: str) -> Path:
 
 def register(playing: bool = False) -> None:
     """
-    Add our algorithms to rl_zoo3's registry, samplers and converters, let its experiments be those of
-    :mod:`sb3_mfpo.zoo.manager`, and make the DeepMind Control tasks that are registered ready for its policies.
+    Add our algorithms to rl_zoo3's registry, samplers and converters, replace its experiment by that of
+    :mod:`sb3_mfpo.zoo.manager`, and prepare the registered DeepMind Control tasks for its policies.
 
     Call it before anything is imported from ``rl_zoo3.exp_manager`` or ``rl_zoo3.train``.
 
-    :param playing: Whether models will be loaded only to act: they then get a replay buffer of a single transition. rl_zoo3
-        does so for the off-policy algorithms in lists within its functions, which cannot be extended.
+    :param playing: Whether models will be loaded only to act; they then get a replay buffer of a single transition. rl_zoo3
+        does this for the algorithms in lists within its functions, which cannot be extended.
     """
     for name, algorithm in ALGORITHMS.items():
         utils.ALGOS[name] = _without_memory(algorithm) if playing else algorithm
@@ -41,20 +41,20 @@ def register(playing: bool = False) -> None:
         hyperparams_opt.HYPERPARAMS_CONVERTER[name] = getattr(search_space, f"convert_{name}_params")
     exp_manager.ExperimentManager = manager.Manager  # type: ignore[misc]
     rl_zoo3.create_test_env = utils.create_test_env = manager.create_test_env
-    _mend_push_to_hub()
+    _fix_push_to_hub()
     ready_dm_control()
 
 
 def ready_dm_control() -> None:
-    """Make the DeepMind Control tasks of shimmy that are registered ready for rl_zoo3's policies."""
+    """Prepare the registered DeepMind Control tasks of shimmy for rl_zoo3's policies."""
     for env_id, spec in gym.registry.items():
         if is_of_shimmy(spec):
             gym.registry[env_id] = ready_spec(spec)
 
 
-def _mend_push_to_hub() -> None:
-    # rl_zoo3 2.9.2 imports a function that its dependency sb3-team-hf-integration 3.2 has renamed and made return an object
-    # The package also exports a function of the module's name
+def _fix_push_to_hub() -> None:
+    # rl_zoo3 2.9.2 imports a function that its dependency sb3-team-hf-integration 3.2 has renamed, and that now returns an
+    # object. By name, because the package also exports a function of the module's name.
     push_to_hub: Any = importlib.import_module("huggingface_sb3.push_to_hub")
     if not hasattr(push_to_hub, "generate_metadata"):
         push_to_hub.generate_metadata = lambda *args: push_to_hub._generate_metadata(*args).to_dict()

@@ -1,4 +1,4 @@
-"""What ``train -optimize`` searches."""
+"""The search space of ``train -optimize``."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ NET_ARCHS = {"small": [64, 64], "medium": [256, 256], "large": [256, 256, 256]}
 
 def sample_mfpo_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
     """
-    Draw hyperparameters of MFPO.
-
     :param trial: Optuna's trial
-    :param n_actions: Number of action coordinates, which rl_zoo3 knows only for algorithms with action noise
-    :param n_envs: Number of environments
-    :param additional_args: Settings of hindsight replay, which is not searched
+    :param n_actions: Not used; rl_zoo3 gives it to every sampler
+    :param n_envs: Not used
+    :param additional_args: Not used
     :return: Keyword arguments of ``MFPO``
     """
     own = {
@@ -31,9 +29,7 @@ def sample_mfpo_params(trial: optuna.Trial, n_actions: int, n_envs: int, additio
 
 def convert_mfpo_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     """
-    Keyword arguments from a trial's parameters, also those of a stored trial.
-
-    :param sampled_params: Parameters as Optuna knows them
+    :param sampled_params: Parameters of a trial, as Optuna stores them
     :return: Keyword arguments of ``MFPO``
     """
     params = _convert_shared(sampled_params)
@@ -44,12 +40,10 @@ def convert_mfpo_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
 
 def sample_som_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
     """
-    Draw hyperparameters of SOM.
-
     :param trial: Optuna's trial
-    :param n_actions: Number of action coordinates, which rl_zoo3 knows only for algorithms with action noise
-    :param n_envs: Number of environments
-    :param additional_args: Settings of hindsight replay, which is not searched
+    :param n_actions: Not used; rl_zoo3 gives it to every sampler
+    :param n_envs: Not used
+    :param additional_args: Not used
     :return: Keyword arguments of ``SOM``
     """
     own = {
@@ -61,9 +55,7 @@ def sample_som_params(trial: optuna.Trial, n_actions: int, n_envs: int, addition
 
 def convert_som_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     """
-    Keyword arguments from a trial's parameters, also those of a stored trial.
-
-    :param sampled_params: Parameters as Optuna knows them
+    :param sampled_params: Parameters of a trial, as Optuna stores them
     :return: Keyword arguments of ``SOM``
     """
     return _convert_shared(sampled_params)
