@@ -21,19 +21,6 @@ def expected_value(probs: th.Tensor, atoms: th.Tensor) -> th.Tensor:
     return (probs * atoms).sum(dim=-1)
 
 
-def expected_value_of_logits(logits: th.Tensor, atoms: th.Tensor) -> th.Tensor:
-    """
-    Mean of categorical distributions given by their logits: ``expected_value(softmax(logits), atoms)`` without writing out the
-    probabilities, which takes most of the time where there are many distributions.
-
-    :param logits: Unnormalised log-probabilities, shape (..., n_atoms)
-    :param atoms: Support, in units of return, shape (n_atoms,)
-    :return: shape (...)
-    """
-    weights = (logits - logits.amax(dim=-1, keepdim=True)).exp()
-    return weights @ atoms / weights.sum(dim=-1)
-
-
 def reduce_values(values: th.Tensor, reduction: str) -> th.Tensor:
     """
     One value from those of several critics.

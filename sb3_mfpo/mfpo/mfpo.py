@@ -260,11 +260,7 @@ class MFPO(MeanFlowAlgorithm):
         )
 
     def _update(
-        self,
-        batch: ReplayBufferSamples,
-        draws: GradientStepDraws,
-        update_target: bool = True,
-        improve_policy: bool = True,
+        self, batch: ReplayBufferSamples, draws: GradientStepDraws, update_target: bool = True, improve_policy: bool = True
     ) -> Metrics:
         """
         Algorithm 3 of the paper; the order of the updates is that of the authors' code.

@@ -124,9 +124,8 @@ class MFPOPolicy(MeanFlowPolicy):
         self.divergence.optimizer = self._make_optimizer(self.divergence.parameters(), lr_schedule)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        data = super()._get_constructor_parameters()
-        data.update(actor_type=self.actor_type, divergence_type=self.divergence_type)
-        return data
+        own = dict(actor_type=self.actor_type, divergence_type=self.divergence_type)
+        return super()._get_constructor_parameters() | own
 
     def sample(self, features: th.Tensor, noise: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """

@@ -132,12 +132,7 @@ class Critic(BaseModel):
 
     @abstractmethod
     def bellman_target(
-        self,
-        outputs: th.Tensor,
-        rewards: th.Tensor,
-        discounts: th.Tensor,
-        entropy_bonus: th.Tensor,
-        reduction: str,
+        self, outputs: th.Tensor, rewards: th.Tensor, discounts: th.Tensor, entropy_bonus: th.Tensor, reduction: str
     ) -> tuple[th.Tensor, th.Tensor]:
         """
         Soft Bellman target from this critic's values at the next state.
@@ -185,12 +180,7 @@ class CategoricalCritic(Critic):
         return categorical.expected_value(outputs.softmax(dim=-1), self.atoms)
 
     def bellman_target(
-        self,
-        outputs: th.Tensor,
-        rewards: th.Tensor,
-        discounts: th.Tensor,
-        entropy_bonus: th.Tensor,
-        reduction: str,
+        self, outputs: th.Tensor, rewards: th.Tensor, discounts: th.Tensor, entropy_bonus: th.Tensor, reduction: str
     ) -> tuple[th.Tensor, th.Tensor]:
         probs = outputs.softmax(dim=-1)
         positions = categorical.bellman_atoms(rewards, discounts, entropy_bonus, self.atoms)
@@ -217,12 +207,7 @@ class ScalarCritic(Critic):
         return outputs.squeeze(-1)
 
     def bellman_target(
-        self,
-        outputs: th.Tensor,
-        rewards: th.Tensor,
-        discounts: th.Tensor,
-        entropy_bonus: th.Tensor,
-        reduction: str,
+        self, outputs: th.Tensor, rewards: th.Tensor, discounts: th.Tensor, entropy_bonus: th.Tensor, reduction: str
     ) -> tuple[th.Tensor, th.Tensor]:
         next_values = categorical.reduce_values(outputs, reduction)
         return rewards + discounts * (next_values + entropy_bonus), rewards.new_zeros(())

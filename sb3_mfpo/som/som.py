@@ -233,11 +233,7 @@ class SOM(MeanFlowAlgorithm):
         return mean_flow.uniform_times(th.rand(batch_size, 2, device=self.device), n_equal)
 
     def _update(
-        self,
-        batch: ReplayBufferSamples,
-        draws: GradientStepDraws,
-        update_target: bool = True,
-        improve_policy: bool = True,
+        self, batch: ReplayBufferSamples, draws: GradientStepDraws, update_target: bool = True, improve_policy: bool = True
     ) -> Metrics:
         """
         One gradient step.
@@ -281,12 +277,7 @@ class SOM(MeanFlowAlgorithm):
 
     @th.no_grad()
     def _posterior_mean(
-        self,
-        observations: PyTorchObs,
-        noisy_actions: th.Tensor,
-        mu: th.Tensor,
-        sigma: th.Tensor,
-        proposals: th.Tensor,
+        self, observations: PyTorchObs, noisy_actions: th.Tensor, mu: th.Tensor, sigma: th.Tensor, proposals: th.Tensor
     ) -> tuple[th.Tensor, th.Tensor]:
         """
         Mean E[a_0 | a_t] of the actions of exp(inverse temperature * Q) that lead to the noisy ones.
@@ -301,7 +292,7 @@ class SOM(MeanFlowAlgorithm):
         features = self.critic.encode(observations).unsqueeze(1)
         if self.score_estimator == "posterior_mean":
             actions = boltzmann.gaussian_proposal(noisy_actions, mu, sigma, proposals)
-            q_values = self._values(features, actions)
+            q_values = reduce_values(self.critic.q_values(features, actions), self.critic_reduction)
         else:
             actions = paths.actions_from_noise(noisy_actions.unsqueeze(1), proposals, mu.unsqueeze(1), sigma.unsqueeze(1))
             q_values, gradients = in_chunks(self._values_and_gradients, features, actions)
@@ -319,22 +310,14 @@ class SOM(MeanFlowAlgorithm):
             score = boltzmann.with_length(score, self.score_norm)
         return boltzmann.mean_action_from_score(score, noisy_actions, mu, sigma), sample_size.mean()
 
-    def _values(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
-        """
-        :param features: The critics' state features, shape (B, 1, features_dim)
-        :param actions: shape (B, K, d)
-        :return: Their values, reduced over the critics, shape (B, K)
-        """
-        return reduce_values(self.critic.q_values(features, actions), self.critic_reduction)
-
     def _values_and_gradients(self, features: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
         :param features: The critics' state features, shape (B, 1, features_dim)
         :param actions: shape (B, K, d)
-        :return: What ``_values`` returns; its gradients with respect to the actions, shape (B, K, d)
+        :return: Their values, reduced over the critics, shape (B, K); the gradients of these, shape (B, K, d)
         """
         with th.enable_grad():
             actions = actions.detach().requires_grad_()
-            q_values = self._values(features, actions)
+            q_values = reduce_values(self.critic.q_values(features, actions), self.critic_reduction)
             (gradients,) = th.autograd.grad(q_values.sum(), actions)
         return q_values.detach(), gradients

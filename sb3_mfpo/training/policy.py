@@ -30,6 +30,22 @@ CHOICES = {
     "critic_reduction": CRITIC_REDUCTIONS,
 }
 MINIMA = {"n_action_candidates": 1, "n_critics": 1, "n_atoms": 2}
+# What a policy is constructed with, besides its spaces
+ARGUMENTS = (
+    *(
+        "net_arch",
+        "activation_fn",
+        "layer_norm",
+        "critic_type",
+        "n_action_candidates",
+        "n_critics",
+        "n_atoms",
+        "v_min",
+        "v_max",
+    ),
+    *("value_init", "critic_reduction", "features_extractor_class", "features_extractor_kwargs", "optimizer_class"),
+    *("optimizer_kwargs", "share_features_extractor"),
+)
 # The paper's value range
 V_MIN, V_MAX = -1600.0, 1600.0
 
@@ -301,26 +317,7 @@ class GenerativePolicy(BasePolicy):
         return CategoricalCritic(**kwargs, atoms=atoms, value_init=self.value_init).to(self.device)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        data = super()._get_constructor_parameters()
-        data.update(
-            net_arch=self.net_arch,
-            activation_fn=self.activation_fn,
-            layer_norm=self.layer_norm,
-            critic_type=self.critic_type,
-            n_action_candidates=self.n_action_candidates,
-            n_critics=self.n_critics,
-            n_atoms=self.n_atoms,
-            v_min=self.v_min,
-            v_max=self.v_max,
-            value_init=self.value_init,
-            critic_reduction=self.critic_reduction,
-            features_extractor_class=self.features_extractor_class,
-            features_extractor_kwargs=self.features_extractor_kwargs,
-            optimizer_class=self.optimizer_class,
-            optimizer_kwargs=self.optimizer_kwargs,
-            share_features_extractor=self.share_features_extractor,
-        )
-        return data
+        return super()._get_constructor_parameters() | {name: getattr(self, name) for name in ARGUMENTS}
 
     def act(self, features: th.Tensor, noise: th.Tensor) -> th.Tensor:
         """
