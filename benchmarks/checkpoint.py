@@ -1,7 +1,7 @@
 """
-Checkpoints under attack and on the scales: a training process is killed at random moments, many of them while it writes a
-checkpoint of a 200 MB replay buffer, and must go on from a whole one every time; and what saving and loading a buffer of a
-million HalfCheetah transitions takes.
+Two measurements of checkpoints. A training process is killed at random moments, many of them while it writes a checkpoint of a
+200 MB replay buffer, and must resume from a complete one every time. And the time and memory of saving and loading a buffer of
+a million HalfCheetah transitions.
 
     python benchmarks/checkpoint.py --output benchmarks/results/checkpoint.json
 """
@@ -59,7 +59,7 @@ class RandomTask(gym.Env):
 
 
 def make_model(buffer_size: int, **kwargs: Any) -> MFPO:
-    """A model whose buffer is full of random numbers."""
+    """A model with a buffer full of random numbers."""
     model = MFPO("MlpPolicy", RandomTask(), buffer_size=buffer_size, learning_starts=0, device="cpu", **kwargs)
     buffer: Any = model.replay_buffer
     generator = np.random.default_rng(0)
@@ -80,7 +80,7 @@ class Announce(BaseCallback):
 
 
 def train(folder: Path, buffer_size: int) -> None:
-    """What is killed: begins or goes on, saves every 20 steps, and never ends by itself."""
+    """The process that is killed: it begins or resumes, saves every 20 steps, and never ends by itself."""
     th.set_num_threads(1)
     if checkpoints(folder, "run"):
         model = MFPO.resume(folder, RandomTask(), device="cpu")
@@ -98,7 +98,7 @@ def kill(folder: Path, kills: int, buffer_size: int, seed: int = 0) -> dict[str,
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert process.stdout is not None and process.stdout.readline() == "training\n"
         if number == 0:
-            # There must be something to go on from
+            # There must be a checkpoint to resume from
             while not checkpoints(folder, "run"):
                 time.sleep(0.05)
         if number % 2 == 0:

@@ -15,8 +15,8 @@ from stable_baselines3.common.vec_env import VecNormalize, sync_envs_normalizati
 
 from sb3_mfpo.runs.files import replacing
 
-# Best of ten candidates (MFPO, SOM), the mean (SAC, TQC, CrossQ), the policy's only action (TD3); and as in training, but for
-# the noise that TD3 adds
+# "deterministic": the best of ten candidates (MFPO, SOM), the mean (SAC, TQC, CrossQ), the policy's only action (TD3).
+# "sample": as in training, without the noise that TD3 adds.
 MODES = {"deterministic": True, "sample": False}
 
 

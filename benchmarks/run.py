@@ -1,8 +1,8 @@
 """
 Do the runs of a suite that are not in its results yet, by the zoo's ``train``, and append them as they end.
 
-An interrupted suite goes on with the same command: finished runs are in the CSV file, and MFPO and SOM go on from their last
-checkpoint. On a cluster of Ray the same runs are tasks of it.
+The same command continues an interrupted suite: finished runs are in the CSV file, and MFPO and SOM resume from their last
+checkpoint. With ``--ray-address`` the runs are tasks of a Ray cluster.
 
     python benchmarks/run.py benchmarks/suites/cpu.yml --workers 2
     python benchmarks/run.py benchmarks/suites/gpu.yml --ray-address auto --device cuda --gpus-per-run 0.1

@@ -1,6 +1,6 @@
 """
-Long training, watched: memory, open files, threads and the divergence network's error over 200 000 steps of a cheap task, with
-checkpoints, health checks and a log, at reduced sizes.
+A long training with measurements: memory, open files, threads and the divergence network's error over 200 000 steps of a cheap
+task, with checkpoints, health checks and a log, at reduced sizes.
 
     OMP_NUM_THREADS=1 python benchmarks/soak.py --output benchmarks/results/soak.csv
 """

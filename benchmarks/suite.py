@@ -11,7 +11,7 @@ A suite is a YAML file:
     tasks:                # a Gymnasium id each
       Reacher-v5:
         score: [-43, -4]  # returns that count as 0 and 1 where tasks are averaged
-        steps: 10000      # `steps`, `episodes` and `params` of a task go before the suite's
+        steps: 10000      # `steps`, `episodes` and `params` of a task override the suite's
     algorithms:           # a name in the results each
       MFPO: {algo: mfpo}
       MFPO, one step:
@@ -19,7 +19,7 @@ A suite is a YAML file:
         params: {policy_kwargs: {sampling_steps: 1}}
         tasks: {Reacher-v5: {gamma: 0.9}}      # hyperparameters on this task alone
 
-Later hyperparameters go before earlier ones, in this order: the zoo's file for the task, the suite, the task, the algorithm,
+Later hyperparameters override earlier ones, in this order: the zoo's file for the task, the suite, the task, the algorithm,
 the algorithm on the task. ``policy_kwargs`` are merged, everything else is replaced.
 """
 
@@ -128,7 +128,7 @@ def zoo_params(algo: str, task: str) -> dict[str, Any]:
 
 def merge(*layers: dict[str, Any]) -> dict[str, Any]:
     """
-    :param layers: Hyperparameters, the last ones to go before the first ones
+    :param layers: Hyperparameters; later ones override earlier ones
     :return: All, with merged ``policy_kwargs``
     """
     merged: dict[str, Any] = {}
@@ -153,7 +153,7 @@ def command_of(run: Run, folder: Path, device: str) -> list[str]:
     :param run: A run
     :param folder: Its own folder
     :param device: Of the training
-    :return: The zoo's command that begins it, or goes on with it from its newest checkpoint
+    :return: The zoo's command that begins it, or resumes it from its newest checkpoint
     """
     evaluation = {"task": run.task, "every": run.every, "episodes": run.episodes, "seed": run.seed}
     callbacks: list[dict[str, Any]] = [*run.params.get("callback", [])]

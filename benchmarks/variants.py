@@ -21,7 +21,7 @@ class ActWithAverage(BaseCallback):
     Explore and be evaluated with a moving average of the actor, while the actor itself is trained. Log-probabilities, which
     only training needs, stay those of the actor.
 
-    A checkpoint written during a rollout holds the average in the actor's place: an interrupted run goes on from there.
+    A checkpoint written during a rollout holds the average in place of the actor, and an interrupted run resumes from it.
 
     :param decay: Share of the average that stays at an update, in [0, 1)
     """

@@ -1,5 +1,5 @@
 """
-A training that is begun or gone on with, as a user writes it: what tests kill and compare.
+A script that begins a training or resumes it, as a user writes it. Tests kill it and compare its runs.
 
     python tests/resumable.py TASK FOLDER STEPS
 """
@@ -71,7 +71,7 @@ def make_envs(task: str, folder: Path) -> tuple[VecEnv, VecEnv]:
 
 
 def rows(path: Path) -> list[dict[str, str]]:
-    """Of a log or monitor file, but for times."""
+    """Rows of a log or monitor file, without times."""
     with path.open() as file:
         lines = [line for line in file if not line.startswith("#")]
     return [

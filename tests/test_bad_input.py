@@ -23,7 +23,7 @@ from tests.helpers import ALGORITHMS, SMALL_POLICY, Algorithm, RandomEnv, make_m
 
 
 class UntouchedEnv(RandomEnv):
-    """Must not be used."""
+    """An environment that must not be used."""
 
     def reset(self, **kwargs: Any) -> Any:
         raise AssertionError("The environment was reset")
@@ -32,7 +32,7 @@ class UntouchedEnv(RandomEnv):
 
 
 class UnusedBuffer(ReplayBuffer):
-    """Must not be allocated."""
+    """A buffer that must not be allocated."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         raise AssertionError("The replay buffer was allocated")

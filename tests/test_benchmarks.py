@@ -239,7 +239,7 @@ def test_a_report_needs_all_runs(tmp_path: Path) -> None:
 def test_published_tables_match_the_result_files(name: str, page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     published = (report.RESULTS / f"{name}.md").read_text()
     assert published in (BENCHMARKS.parent / page).read_text()
-    # But for the intervals, which need many repetitions
+    # The intervals need many repetitions, so they are not compared
     monkeypatch.setattr(report, "REPETITIONS", 2)
     suite = suites.read_suite(BENCHMARKS / "suites" / f"{name}.yml")
     table = report.table(report.read_results(report.RESULTS / f"{name}.csv", suite), suite)

@@ -1,4 +1,4 @@
-"""The health of a training: every quantity against a model that was prepared so that it is known."""
+"""HealthCallback: every quantity, on a model for which it is known."""
 
 import copy
 import csv
@@ -25,7 +25,7 @@ def check(model: MeanFlowAlgorithm, **kwargs: Any) -> dict[str, float]:
 
 
 def test_the_exact_divergence_shows_no_bias() -> None:
-    """With the solver's own steps it is the same computation."""
+    """Prediction and check then do the same computation."""
     policy_kwargs = dict(divergence_type="exact", actor_type="flow_matching", sampling_steps=7)
     result = check(make_model(MFPO, policy_kwargs=policy_kwargs, seed=0).learn(30), solver_steps=7)
     assert result["log_prob_bias"] == pytest.approx(0, abs=1e-5)

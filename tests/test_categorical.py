@@ -74,7 +74,7 @@ def test_the_narrow_start_has_the_mean_and_width_that_it_should(low: float, high
 
 
 def test_backups_narrow_a_wide_distribution_by_the_discount() -> None:
-    """What a uniform start has to wait for: the width falls by gamma with every backup."""
+    """Every backup multiplies the width by gamma, which is why a uniform start takes long."""
     atoms = th.linspace(-1600, 1600, 101)
     probs = th.full((1, 101), 1 / 101)
     for _ in range(70):

@@ -1,4 +1,4 @@
-"""Nothing is lost: a run that was stopped goes on as if it had not been; damaged and half-written files do no harm."""
+"""A run that was stopped continues as if it had not been stopped; damaged and incomplete files do no harm."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from tests.test_examples import load
 
 
 class UnknownWrapper(gym.Wrapper):
-    """May have a state: nobody knows."""
+    """A wrapper that the package does not know: it may have a state."""
 
     def __init__(self, env: gym.Env | None = None):
         super().__init__(env or RandomEnv())
@@ -53,7 +53,7 @@ class UnknownWrapper(gym.Wrapper):
 
 
 class StatefulGoalEnv(BitFlippingEnv):
-    """A task with goals, in episodes of one length, that offers its state."""
+    """A task with goals and episodes of a fixed length that offers its state."""
 
     def __init__(self) -> None:
         super().__init__(n_bits=3, continuous=True, max_steps=3)
@@ -108,7 +108,7 @@ CASES: dict[str, tuple[Callable[[], VecEnv], dict[str, Any], int]] = {
 
 
 class Record(BaseCallback):
-    """Keeps all that is logged, but for times."""
+    """Keeps all that is logged, except times."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -176,7 +176,7 @@ def test_saving_changes_nothing(algorithm: Algorithm, tmp_path: Path) -> None:
 
 
 def test_an_unknown_environment_resumes_with_a_new_episode(algorithm: Algorithm, tmp_path: Path) -> None:
-    """A new episode begins; counters and warm-up go on, and the episode that was cut ends as by a time limit."""
+    """Counters and warm-up continue. The interrupted episode ends as if by a time limit."""
     with pytest.warns(UserWarning, match=r"do not hold the state.*UnknownWrapper has no `state_dict`") as warned:
         make_model(algorithm, UnknownWrapper(), seed=0).learn(24, callback=RunCheckpointCallback(17, tmp_path, keep=9))
     assert len([one for one in warned if "do not hold" in str(one.message)]) == 1
@@ -241,7 +241,7 @@ def test_a_finished_run_can_be_extended(tmp_path: Path) -> None:
 
 
 def test_callbacks_resume_with_what_they_had_counted(tmp_path: Path) -> None:
-    """What they have counted and collected survives two interruptions; what the user sets anew holds."""
+    """What they have counted and collected survives two interruptions; a setting that the user changes is kept."""
 
     def callbacks(eval_freq: int) -> tuple[EvalCallback, CallbackList]:
         kwargs: dict[str, Any] = dict(n_eval_episodes=1, log_path=str(tmp_path), verbose=0)
@@ -287,7 +287,7 @@ def test_callbacks_are_not_copied_without_checkpoints() -> None:
 
 
 def test_a_model_in_a_list_of_a_callback_is_not_saved_with_it(tmp_path: Path) -> None:
-    """Data is saved, not what a callback works on."""
+    """A callback's data is saved, but not the objects that it works on."""
     model, callback = make_model(MFPO), Record()
     callback.models, callback.counts = [], []  # type: ignore[attr-defined]
 
@@ -320,7 +320,7 @@ def evaluating(**kwargs: Any) -> EvalCallback:
 
 @pytest.mark.parametrize("how", NESTED)
 def test_checkpoints_within_event_callbacks(how: str, tmp_path: Path) -> None:
-    """Where SB3's own callback writes, and at the end."""
+    """At the steps at which SB3's own callback writes, and at the end."""
     expected, ours = tmp_path / "expected", tmp_path / "ours"
     make_model(MFPO, seed=0).learn(35, callback=NESTED[how](CheckpointCallback(1, str(expected))))
     make_model(MFPO, seed=0).learn(35, callback=NESTED[how](RunCheckpointCallback(1, ours, keep=9)))
@@ -347,7 +347,7 @@ def test_runs_of_other_algorithms_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_with_another_runs_checkpoints_is_refused_at_the_start(tmp_path: Path) -> None:
-    """It is neither deleted nor taken for this run's newest."""
+    """The other run's checkpoint is neither deleted nor taken for this run's newest."""
     make_model(MFPO).learn(30, callback=RunCheckpointCallback(10, tmp_path))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     other = make_model(MFPO, seed=1)
@@ -361,7 +361,7 @@ def test_a_folder_with_another_runs_checkpoints_is_refused_at_the_start(tmp_path
 
 
 def test_a_second_learn_is_another_run_unless_its_steps_continue(tmp_path: Path) -> None:
-    """It begins anew, so that it is another run, unless its steps go on."""
+    """It begins anew, so it is another run, unless its steps are counted on."""
     model, callback = make_model(MFPO), RunCheckpointCallback(10, tmp_path)
     model.learn(30, callback=callback)
     with pytest.raises(ValueError, match="holds checkpoints of another run"):
@@ -372,7 +372,7 @@ def test_a_second_learn_is_another_run_unless_its_steps_continue(tmp_path: Path)
 
 
 def test_resuming_an_older_checkpoint_refuses_a_folder_with_later_ones(tmp_path: Path) -> None:
-    """The later ones are of another future: they would be taken for the newest."""
+    """The later ones were not written by the resumed run, but would be taken for its newest."""
     make_model(MFPO).learn(40, callback=RunCheckpointCallback(10, tmp_path, keep=9))
     model = MFPO.resume(tmp_path / "run_20_steps.zip", RandomEnv())
     with pytest.raises(ValueError, match=r"later steps of this one.*run_30_steps\.zip"):
@@ -419,7 +419,7 @@ def test_the_suffix_zip_may_be_left_out(tmp_path: Path) -> None:
 
 
 class NoAttributes(VecEnvWrapper):
-    """As wrappers of users are, which have no environments to ask."""
+    """Vectorized environments of a user, whose attributes cannot be read."""
 
     def reset(self) -> Any:
         return self.venv.reset()
@@ -440,7 +440,7 @@ class NoAttributes(VecEnvWrapper):
 
 
 def test_environments_whose_state_cannot_be_read_are_named_once(tmp_path: Path) -> None:
-    """Training goes on; their state is not in the checkpoints, which is said once."""
+    """Training continues. One warning says that their state is not in the checkpoints."""
     env = NoAttributes(DummyVecEnv([RandomEnv]))
     env.note = "an attribute of its own"  # type: ignore[attr-defined]
     with pytest.warns(UserWarning, match=r"do not hold the state.*NoAttributes has no `state_dict`") as warned:
@@ -534,7 +534,7 @@ def test_bad_arguments_are_refused(argument: dict[str, Any], tmp_path: Path) -> 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is a device of Linux")
 def test_training_continues_when_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The system's own error, from a device that is always full: training goes on, the older checkpoint stays."""
+    """The error comes from a device that is always full. The older checkpoint stays."""
     callback = RunCheckpointCallback(10, tmp_path)
     model = make_model(MFPO, RandomEnv(), seed=0).learn(10, callback=callback)
     before = (tmp_path / "run_10_steps.zip").read_bytes()
@@ -629,7 +629,7 @@ def test_a_signal_saves_and_ends_the_training(
 
 
 def test_a_signal_ends_a_long_rollout_early(tmp_path: Path) -> None:
-    """The rollout is cut: the environment is a step ahead, so that the next run begins a new episode."""
+    """The environment is then one step ahead, so the resumed run begins a new episode."""
     callback = CallbackList([Send(signal.SIGTERM, 14), RunCheckpointCallback(1000, tmp_path)])
     with pytest.raises(SystemExit), pytest.warns(UserWarning, match="ended within a rollout"):
         make_model(MFPO, RandomEnv(), train_freq=40).learn(80, callback=callback)
@@ -676,7 +676,7 @@ def simulate(ready: Any) -> None:
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_process_that_was_forked_during_training(kind: signal.Signals, tmp_path: Path) -> None:
-    """A simulator in a process of its own, which an environment restarts: within C code no Python handler would run."""
+    """Such as a simulator that an environment restarts: a Python signal handler would not run within its C code."""
     codes = []
 
     class Fork(BaseCallback):
@@ -704,7 +704,7 @@ def test_a_signal_ends_a_process_that_was_forked_during_training(kind: signal.Si
 
 
 class DyingProcess(RandomEnv):
-    """Ends its process at a step, as Ctrl-C does, which reaches the processes of environments as well."""
+    """Ends its process at a step, as Ctrl-C does, which also reaches the environments' processes."""
 
     def step(self, action: np.ndarray) -> Any:
         if self.steps == 4:
@@ -723,7 +723,7 @@ def test_the_run_is_saved_when_a_signal_ends_the_environments_first(tmp_path: Pa
 
 
 def test_checkpoints_are_written_in_a_thread_too(tmp_path: Path) -> None:
-    """Signals belong to the main thread; checkpoints are written all the same."""
+    """Only the main thread can handle signals; a thread writes checkpoints without them."""
     model = make_model(MFPO)
     thread = threading.Thread(target=lambda: model.learn(20, callback=RunCheckpointCallback(10, tmp_path)))
     thread.start()

@@ -100,7 +100,7 @@ def assert_goes_on(make_env: Callable[[], VecEnv], before: int, after: int) -> N
 
 @pytest.mark.parametrize("task", [*CLASSIC, *MUJOCO, *DM_CONTROL])
 def test_a_task_resumes_within_an_episode(task: str) -> None:
-    """In a new simulator, beyond the episode's end where that is near; Monitor's sums go on as well."""
+    """In a new simulator, beyond the episode's end where that is near. Monitor's sums continue too."""
     limit = dict(max_episode_steps=40) if not task.startswith("dm_control/") else {}
     assert_goes_on(lambda: DummyVecEnv([lambda: Monitor(make_task(task, **limit))]), before=13, after=45)
 
@@ -230,7 +230,7 @@ def test_a_wrapper_of_a_user_without_attributes_has_no_state() -> None:
 
 
 class Derived(PendulumEnv):
-    """Of a user: it may have a state that its base does not have."""
+    """A user's class: it may have a state that its base does not have."""
 
 
 class External:
@@ -321,7 +321,7 @@ def test_unknown_environments_and_wrappers_are_named(case: str, vec_env_class: t
 
 
 def test_environments_with_other_wrappers_begin_a_new_episode() -> None:
-    """Their episode begins anew, and what belongs to the run is there."""
+    """What belongs to the run is restored."""
     old = DummyVecEnv([lambda: Monitor(pendulum())])
     old.reset()
     drive(old, 50)
@@ -347,7 +347,7 @@ def test_the_state_of_another_robot_is_refused() -> None:
 
 
 def test_log_files_continue_without_repeated_rows(tmp_path: Path) -> None:
-    """What a killed run had logged after its last checkpoint is not there twice."""
+    """What a killed run had logged after its last checkpoint is not repeated."""
     formats = ["csv", "json", "log"]
 
     def train(folder: Path, steps: int, resumed: bool = False) -> None:

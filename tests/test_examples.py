@@ -48,7 +48,7 @@ def test_every_example_is_run_here() -> None:
 
 
 def test_the_readme_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As printed, but for the number of steps."""
+    """As printed, with fewer steps."""
     code, _ = readme_examples()
     monkeypatch.chdir(tmp_path)
     for algorithm in ("MFPO", "SOM"):
@@ -65,7 +65,7 @@ def readme_examples() -> list[str]:
 
 
 def test_the_readmes_stop_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Begun, then gone on with, by the same lines."""
+    """The same lines begin a run, then resume it."""
     _, code = readme_examples()
     assert code in (EXAMPLES.parent / "docs" / "long_training.md").read_text()
     monkeypatch.chdir(tmp_path)

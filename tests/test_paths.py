@@ -18,7 +18,7 @@ STD = 0.1
 
 
 def log_density(actions: th.Tensor, means: th.Tensor = MEANS) -> th.Tensor:
-    """Of a mixture of Gaussians with equal weights, but for a constant."""
+    """Log-density of a mixture of Gaussians with equal weights, up to a constant."""
     return th.logsumexp(-0.5 * ((actions.unsqueeze(-2) - means) / STD).square().sum(-1), dim=-1)
 
 
@@ -140,7 +140,7 @@ def test_posterior_means_see_the_bounds_and_gradients_do_not(path: str, t: float
 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_fine_solve_carries_noise_to_the_mixture(path: str) -> None:
-    """By the velocity of the known score: every mode gets its sixth, at the right spread."""
+    """The velocity is that of the known score. Every mode gets a sixth of the samples, with the right spread."""
     generator = th.Generator().manual_seed(0)
     noise = th.randn(6000, 2, generator=generator, dtype=th.float64)
     # The linear path's velocity is not defined at t = 1
@@ -180,6 +180,6 @@ def test_scores_are_scaled_to_a_given_length() -> None:
 
 def test_spread_is_the_standard_deviation_and_never_zero() -> None:
     assert boltzmann.spread(th.tensor([[1.0, 3.0], [5.0, 7.0]])).item() == pytest.approx(math.sqrt(5))
-    # Equal values: zero but for rounding, and never zero
+    # Equal values: zero up to rounding, and never exactly zero
     assert 0 < boltzmann.spread(th.full((4, 3), 7.3)).item() < 1e-6
     assert boltzmann.spread(th.ones(1, 1)).item() > 0

@@ -1,4 +1,4 @@
-"""Whatever environments and users do: training goes on or stops with a clear error, and what was learned is sound and safe."""
+"""Environments and users that misbehave: training continues or stops with a clear error, and the model can be saved."""
 
 from __future__ import annotations
 

@@ -404,7 +404,7 @@ def test_the_commands_of_the_readme(tmp_path: Path) -> None:
 
 
 def test_every_command_of_rl_zoo3_is_offered() -> None:
-    """Every module that runs as a script, but for the one that calls a file of rl_zoo3's repository by name."""
+    """Every module that runs as a script, except the one that calls a file of rl_zoo3's repository by name."""
     scripts = set()
     for package in (rl_zoo3, rl_zoo3.plots):
         for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
@@ -572,7 +572,7 @@ def test_a_trial_keeps_hyperparameters_that_it_has_not_sampled(name: str, tmp_pa
     model, saved = results
     assert model.policy_kwargs == saved["policy_kwargs"] == expected and model.gamma == 0.9
 
-    # What is given for this call goes before both
+    # The command line overrides both
     results = make_manager(tmp_path, **of_trial, hyperparams=dict(gamma=0.5, policy_kwargs=dict(v_max=7))).setup_experiment()
     assert results is not None and results[0].gamma == 0.5
     assert results[0].policy_kwargs == dict(v_max=7, **{key: expected[key] for key in expected.keys() - {*UNSAMPLED, "v_max"}})

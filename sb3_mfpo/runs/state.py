@@ -125,7 +125,7 @@ def restore_run(model: Any, state: dict[str, Any], callback: BaseCallback) -> No
             setattr(model, f"_{name}", state[name])
     else:
         _end_episodes(model, state["episode_starts"])
-        warnings.warn(f"The environments begin new episodes, because the old ones cannot continue: {reason}.", stacklevel=6)
+        warnings.warn(f"The environments begin new episodes, as they cannot go on where they were: {reason}.", stacklevel=7)
     _restore_logger(model.logger, state["logger"], model.num_timesteps)
     for part, (kind, saved) in zip(parts_of(callback), state["callbacks"], strict=False):
         if type(part).__name__ == kind:
