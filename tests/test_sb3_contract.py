@@ -162,7 +162,7 @@ def test_a_policy_that_is_put_in_place_is_the_one_that_is_trained(algorithm: Alg
     expected.replay_buffer = model.replay_buffer
     if isinstance(model, MFPO):
         model.log_ent_coef.data.copy_(expected.log_ent_coef)
-        # PyTorch takes over what it loads without a copy
+        # A copy: optimizers keep the tensors that they are given
         model.ent_coef_optimizer.load_state_dict(copy.deepcopy(expected.ent_coef_optimizer.state_dict()))
     for each in (model, expected):
         np.random.seed(0)
@@ -1116,8 +1116,10 @@ def test_a_quantized_policy_acts_nearly_the_same(algorithm: Algorithm) -> None:
     observations = observations_for(model, 50)
     quantized = th.ao.quantization.quantize_dynamic(copy.deepcopy(model.policy))
     assert any("quantized" in type(module).__module__ for module in quantized.modules())
-    difference = np.abs(sample_of(quantized, observations) - sample_of(model.policy, observations))
-    assert 0 < difference.mean() < 0.05
+    actions = sample_of(model.policy, observations)
+    difference = np.abs(sample_of(quantized, observations) - actions)
+    # Those at a bound may stay there
+    assert 0 < np.median(difference[np.abs(actions) < 1]) < 0.05
     for deterministic in (False, True):
         actions, _ = quantized.predict(observations, deterministic=deterministic)
         assert np.isfinite(actions).all() and np.abs(actions).max() <= 1
