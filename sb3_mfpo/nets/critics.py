@@ -78,7 +78,8 @@ class Critic(BaseModel):
     def _without_counting(self) -> Iterator[None]:
         # Layers of batch normalisation count what the critics learn from alone, which is what ``forward`` sees. To value an
         # action they use the statistics and leave them as they are, so that the target critics have the same.
-        norms = [module for module in self.modules() if module.training and hasattr(module, "running_mean")]
+        modules = self.modules() if self.training else ()
+        norms = [module for module in modules if module.training and hasattr(module, "running_mean")]
         for norm in norms:
             norm.training = False
         try:
