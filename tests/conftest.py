@@ -10,8 +10,13 @@ th.set_num_threads(1)
 
 # These take minutes: `make quick` leaves them out. They come first, so that no core waits for another one's last file.
 LONG = (
-    *("test_zoo", "test_examples", "test_benchmarks", "test_acceleration"),
-    *("test_exact_resume", "test_learning", "test_checkpoint"),
+    "test_zoo",
+    "test_examples",
+    "test_benchmarks",
+    "test_acceleration",
+    "test_exact_resume",
+    "test_learning",
+    "test_checkpoint",
 )
 
 

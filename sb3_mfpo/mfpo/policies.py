@@ -51,7 +51,7 @@ class InstantaneousDivergence(nn.Module):
     def embed(self, t: th.Tensor, h: th.Tensor) -> th.Tensor:
         """
         :param t: End of the interval in [0, 1], shape (..., 1)
-        :param h: Its h, of which the divergence at t is independent
+        :param h: Its length, on which the divergence at t does not depend
         :return: t
         """
         return t

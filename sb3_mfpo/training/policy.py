@@ -32,19 +32,22 @@ CHOICES = {
 MINIMA = {"n_action_candidates": 1, "n_critics": 1, "n_atoms": 2}
 # What a policy is constructed with, besides its spaces
 ARGUMENTS = (
-    *(
-        "net_arch",
-        "activation_fn",
-        "layer_norm",
-        "critic_type",
-        "n_action_candidates",
-        "n_critics",
-        "n_atoms",
-        "v_min",
-        "v_max",
-    ),
-    *("value_init", "critic_reduction", "features_extractor_class", "features_extractor_kwargs", "optimizer_class"),
-    *("optimizer_kwargs", "share_features_extractor"),
+    "net_arch",
+    "activation_fn",
+    "layer_norm",
+    "critic_type",
+    "n_action_candidates",
+    "n_critics",
+    "n_atoms",
+    "v_min",
+    "v_max",
+    "value_init",
+    "critic_reduction",
+    "features_extractor_class",
+    "features_extractor_kwargs",
+    "optimizer_class",
+    "optimizer_kwargs",
+    "share_features_extractor",
 )
 # The paper's value range
 V_MIN, V_MAX = -1600.0, 1600.0
