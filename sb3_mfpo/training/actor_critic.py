@@ -17,7 +17,7 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import GymEnv, ReplayBufferSamples, RolloutReturn, Schedule
-from stable_baselines3.common.utils import polyak_update
+from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sb3_mfpo.checks import check_choice, check_integer, check_range
@@ -360,7 +360,8 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
     def _update_target(self) -> None:
         get_ema_multi_avg_fn(1 - self.tau)(list(self.critic_target.parameters()), list(self.critic.parameters()), None)
         # Running statistics of batch normalisation are copied, as in SAC
-        polyak_update(_running_statistics(self.critic), _running_statistics(self.critic_target), 1.0)
+        online, target = (get_parameters_by_name(critic, ["running_"]) for critic in (self.critic, self.critic_target))
+        polyak_update(online, target, 1.0)
 
     def _optimizers(self) -> list[th.optim.Optimizer]:
         return [self.actor.optimizer, self.critic.optimizer]
@@ -405,11 +406,3 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "actor.optimizer", "critic.optimizer"], []
-
-
-def _running_statistics(critic: Critic) -> list[th.Tensor]:
-    """
-    :param critic: Critics
-    :return: What their layers of batch normalisation have counted
-    """
-    return [buffer for name, buffer in critic.named_buffers() if "running_" in name]
