@@ -86,7 +86,7 @@ def train(folder: Path, buffer_size: int) -> None:
         model = MFPO.resume(folder, RandomTask(), device="cpu")
     else:
         small = dict(net_arch=[32], time_fourier_dim=8, time_embedding_dim=8, n_atoms=11)
-        model = make_model(buffer_size, batch_size=16, n_policy_samples=4, n_gaussian_samples=4, policy_kwargs=small)
+        model = make_model(buffer_size, batch_size=16, n_gaussian_samples=4, n_local_samples=4, policy_kwargs=small)
     model.learn(10**9, callback=[RunCheckpointCallback(20, folder), Announce()])
 
 

@@ -1,6 +1,6 @@
 """
-Where each proposal is good: effective sample sizes and spread of the velocity estimates against time, on a trained policy
-(Fig. 1 of MFPO's paper).
+Where each of the paper's proposals is good: effective sample sizes and spread of the velocity estimates against time, on a
+trained policy (Fig. 1 of MFPO's paper).
 
 At states that the policy visits, and points a_t on the way to its actions, the velocity is estimated again and again from
 fresh proposals. "With itself" has the action that a_t was made from among the policy's proposals, as in training. Errors are
@@ -171,6 +171,9 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="a model of MFPO")
     parser.add_argument("env", help="its task")
+    parser.add_argument(
+        "--proposals", type=int, nargs=2, default=[8, 8], help="of the policy, and Gaussian (default: %(default)s)"
+    )
     parser.add_argument("--states", type=int, default=128)
     parser.add_argument("--repetitions", type=int, default=32)
     parser.add_argument("--output", type=Path, default=RESULTS / "estimators.csv")
@@ -179,6 +182,7 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
     register_dm_control()
     th.manual_seed(0)
     model: Any = MFPO.load(options.model, device="cpu", buffer_size=1)
+    model.n_policy_samples, model.n_gaussian_samples = options.proposals
     rows = measure(model, visited_states(model, options.env, options.states), options.repetitions)
     rows.round(4).to_csv(options.output, index=False)
     n = f"{model.n_policy_samples} : {model.n_gaussian_samples} proposals"

@@ -1,5 +1,6 @@
 """
-Start here: MFPO's gradient step, written straight from the paper's equations (https://arxiv.org/abs/2604.14698).
+Start here: MFPO's gradient step with the paper's settings (``MFPO.PAPER``), written straight from the paper's equations
+(https://arxiv.org/abs/2604.14698).
 
 ``plain_step`` reads from top to bottom, and saves nothing. Every input is expanded and concatenated, derivatives come from
 ``th.func.jvp`` on all rows, and probabilities are written out. ``MFPO._update`` in ``sb3_mfpo/mfpo/mfpo.py`` takes the same
@@ -28,7 +29,7 @@ def plain_step(model: MFPO, batch: ReplayBufferSamples, draws: GradientStepDraws
     """
     One gradient step: critics and their targets, actor, divergence network, temperature.
 
-    :param model: Its networks and optimizers change
+    :param model: With the paper's settings; its networks and optimizers change
     :param batch: Sample of a replay buffer, vector observations
     :param draws: The step's randomness
     :return: Losses and other quantities by name
@@ -158,7 +159,7 @@ def descend(loss: th.Tensor, optimizer: th.optim.Optimizer) -> float:
 
 
 class PlainMFPO(MFPO):
-    """MFPO with the plain gradient step, for vector observations and the default kinds of actor, divergence and critic."""
+    """MFPO with the plain gradient step, for ``MFPO.PAPER``, vector observations and the default kinds of networks."""
 
     def _setup_model(self) -> None:
         self.policy_kwargs = {"optimizer_kwargs": dict(foreach=False), **self.policy_kwargs}

@@ -35,7 +35,7 @@ SIZES: dict[str, Any] = dict(
     policy_kwargs=dict(net_arch=[32, 32], time_fourier_dim=16, time_embedding_dim=16, n_atoms=51, v_min=-350, v_max=50),
 )
 ALGORITHMS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "MFPO": (MFPO, dict(ent_coef="auto_1.0", n_policy_samples=4, n_gaussian_samples=4)),
+    "MFPO": (MFPO, dict(ent_coef="auto_1.0", n_gaussian_samples=6, n_local_samples=2)),
     "SOM": (SOM, dict(n_samples=8)),
 }
 

@@ -51,6 +51,7 @@ PARTS = {
     "random numbers": ("", "_draw"),
     "critics: target and loss": ("", "_td_loss"),
     "samples of the policy": ("policy", "sample"),
+    "entropy": ("", "_entropy"),
     "values of the proposals": ("critic", "q_values"),
     "Gaussian proposals, weights": ("", "_boltzmann_velocity"),
     "mean-flow regressions": ("", "_regression_errors"),
@@ -82,14 +83,19 @@ def make_models(env: Callable[[], gym.Env], width: int, device: str, quick: bool
         "TD3": (TD3, {}),
         "TQC": (TQC, {}),
         "MFPO": (MFPO, {}),
-        "MFPO, plain": (PlainMFPO, {}),
+        "MFPO, paper": (MFPO, MFPO.PAPER),
+        "MFPO, plain": (PlainMFPO, MFPO.PAPER),
         "SOM": (SOM, {}),
     }
     if not quick:
         kinds["MFPO, compiled"] = (MFPO, dict(compile_step=True))
     common = dict(learning_starts=300, buffer_size=10_000, batch_size=BATCH_SIZE, device=device)
     models = {
-        name: algorithm("MlpPolicy", env(), policy_kwargs=dict(net_arch=[width] * 3), **common, **kwargs)  # type: ignore[arg-type]
+        name: algorithm(
+            "MlpPolicy",
+            env(),
+            **{**common, **kwargs, "policy_kwargs": {**kwargs.get("policy_kwargs", {}), "net_arch": [width] * 3}},
+        )
         for name, (algorithm, kwargs) in kinds.items()
     }
     for model in models.values():
@@ -220,7 +226,7 @@ def path_of_a_gpu() -> Iterator[None]:
 def operators(models: dict[str, OffPolicyAlgorithm]) -> dict[str, int]:
     """Operators of one gradient step, MFPO's and SOM's as on a GPU."""
     counts = {}
-    for name in ("SAC", "TD3", "TQC", "MFPO", "SOM", "MFPO, plain"):
+    for name in ("SAC", "TD3", "TQC", "MFPO", "SOM", "MFPO, paper", "MFPO, plain"):
         with path_of_a_gpu(), CountOperators() as counter:
             models[name].train(gradient_steps=1, batch_size=BATCH_SIZE)
         counts[name] = len(counter.names)

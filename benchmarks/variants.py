@@ -50,7 +50,7 @@ class ActWithAverage(BaseCallback):
 class LeaveItselfOut(BaseCallback):
     """
     Do not let the action that the point a_t is made from, the first sample of the policy, propose itself. Give
-    ``n_policy_samples`` one more to have as many proposals as otherwise.
+    ``n_policy_samples`` one more to have as many proposals as otherwise, and no ``n_local_samples``, which surround it.
     """
 
     def _init_callback(self) -> None:

@@ -17,11 +17,17 @@ ALGORITHMS: list[Algorithm] = [MFPO, SOM]
 
 # Small networks and few samples: the shapes of everything stay different from each other.
 SMALL_POLICY: dict[str, Any] = dict(
-    net_arch=[16, 12], time_fourier_dim=8, time_embedding_dim=6, n_atoms=11, v_min=-300, v_max=300
+    net_arch=[16, 12],
+    time_fourier_dim=8,
+    time_embedding_dim=6,
+    action_fourier_dim=10,
+    n_atoms=11,
+    v_min=-300,
+    v_max=300,
 )
 COMMON: dict[str, Any] = dict(learning_starts=10, buffer_size=500, batch_size=8, device="cpu")
 SMALL: dict[Algorithm, dict[str, Any]] = {
-    MFPO: dict(COMMON, n_policy_samples=3, n_gaussian_samples=4),
+    MFPO: dict(COMMON, n_policy_samples=3, n_gaussian_samples=4, n_local_samples=2, n_entropy_samples=5),
     SOM: dict(COMMON, n_samples=5),
 }
 

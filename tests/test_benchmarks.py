@@ -13,15 +13,17 @@ from typing import Any
 import estimators
 import numpy as np
 import pandas as pd
+import proposals
 import pytest
 import report
 import run
+import sharpness
 import suite as suites
 import torch as th
 import variants
 import yaml
 from ray.cluster_utils import Cluster
-from scipy.stats import trim_mean
+from scipy.stats import kstest, trim_mean, truncnorm
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_mfpo import MFPO
@@ -279,8 +281,8 @@ def test_leave_itself_out_removes_the_first_proposal(monkeypatch: pytest.MonkeyP
         return estimate(self, observations, actions, *rest)
 
     monkeypatch.setattr(MFPO, "_boltzmann_velocity", record)
-    plain = make_model(MFPO, seed=0).learn(11)
-    make_model(MFPO, seed=0).learn(11, callback=variants.LeaveItselfOut())
+    plain = make_model(MFPO, seed=0, n_local_samples=0).learn(11)
+    make_model(MFPO, seed=0, n_local_samples=0).learn(11, callback=variants.LeaveItselfOut())
     whole, rest = seen
     assert whole.shape[1] == plain.n_policy_samples
     assert th.equal(whole[:, 1:], rest)
@@ -289,13 +291,77 @@ def test_leave_itself_out_removes_the_first_proposal(monkeypatch: pytest.MonkeyP
 def test_estimators_on_a_model_with_known_sample_sizes(tmp_path: Path) -> None:
     model = make_model(MFPO, env="Pendulum-v1", policy_kwargs=dict(value_init="narrow"))
     model.save(tmp_path / "model.zip")
-    arguments = [str(tmp_path / "model.zip"), "Pendulum-v1", "--states", "8", "--repetitions", "3"]
+    arguments = [str(tmp_path / "model.zip"), "Pendulum-v1", "--proposals", "3", "4", "--states", "8", "--repetitions", "3"]
     rows = estimators.main([*arguments, "--output", str(tmp_path / "out.csv"), "--picture", str(tmp_path / "out.png")])
     assert (tmp_path / "out.png").stat().st_size > 20_000 and len(pd.read_csv(tmp_path / "out.csv")) == 19 * 4
     sizes = rows.groupby("estimator")["effective sample size"]
     # All values are 0 here: every action of the Gaussian proposal weighs the same
-    assert sizes.min()["Gaussian"] == pytest.approx(model.n_gaussian_samples) == sizes.max()["Gaussian"]
-    assert 1 <= sizes.min()["policy"] <= sizes.max()["policy"] <= model.n_policy_samples
+    assert sizes.min()["Gaussian"] == pytest.approx(4) == sizes.max()["Gaussian"]
+    assert 1 <= sizes.min()["policy"] <= sizes.max()["policy"] <= 3
     # Near the action only the action itself fits, and it is not a fresh proposal
     near = rows[rows["t"] == rows["t"].min()].set_index("estimator")
     assert near.loc["Gaussian", "error"] < near.loc["policy", "error"]
+
+
+@pytest.mark.parametrize("t", [0.05, 0.4, 0.95])
+def test_the_study_of_proposals_knows_the_truth(t: float) -> None:
+    noisy, ratio = np.array([-0.7, 0.1, 1.2]), t / (1 - t)
+    # What is known of a_0 given a_t is normal, up to the bounds
+    expected = {"bounded": (noisy / (1 - t), ratio), "one-sided": (noisy / (1 - t) + 8 * ratio**2, ratio)}
+    precision = 1 / 0.05**2 + 1 / ratio**2
+    expected["narrow"] = ((0.3 / 0.05**2 + noisy / (1 - t) / ratio**2) / precision, precision**-0.5)
+    for target, (mean, std) in expected.items():
+        truth = truncnorm((-1 - mean) / std, (1 - mean) / std, mean, std)
+        probabilities = proposals.posterior(proposals.policies(target)["right"], th.as_tensor(noisy).unsqueeze(1), t)[:, 0]
+        np.testing.assert_allclose(probabilities @ proposals.GRID, truth.mean(), atol=1e-4)
+        uniform = th.rand(3, 2000, dtype=th.float64, generator=th.Generator().manual_seed(0))
+        ranks = truth.cdf(proposals.sample(probabilities, uniform).T)
+        assert min(kstest(column, "uniform").pvalue for column in ranks.T) > 1e-3
+
+
+def test_the_study_of_proposals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output, image = tmp_path / "out.csv", tmp_path / "out.png"
+    monkeypatch.setattr(proposals, "TIMES", (0.4, 0.95))
+    rows = proposals.main(["--points", "4", "--repetitions", "16", "--output", str(output), "--image", str(image)])
+    assert image.stat().st_size > 20_000 and len(pd.read_csv(output)) == len(rows) == 6 * 11 * 3 * 2
+    rms = rows[rows["d"] == 1].pivot_table("rms", "target", "estimator")
+    assert (rms["stratified"] < 0.7 * rms["gaussian"]).all()
+    # Independent uniform actions, nearly: the mean of twelve
+    noise = rows[(rows["target"] == "bounded") & (rows["t"] == 0.95)].set_index("estimator")["rms"]
+    np.testing.assert_allclose(noise["gaussian"], (3 * 12) ** -0.5, rtol=0.3)
+
+    def errors(factor: int) -> pd.Series:
+        counts = {name: tuple(factor * n for n in numbers) for name, numbers in original.items()}
+        monkeypatch.setattr(proposals, "ESTIMATORS", counts)
+        tables, rng = proposals.policies("modes"), th.Generator().manual_seed(0)
+        found = proposals.errors(tables["right"], tables["blurred"], 2, 0.4, 8, 8, rng)
+        return pd.Series({name: error.square().mean().sqrt().item() for name, error in found.items()})
+
+    original = proposals.ESTIMATORS
+    assert (errors(256) < 0.25 * errors(1)).all()
+
+
+def test_the_table_of_sharpness_is_continued(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    output = tmp_path / "out.csv"
+    options = ["--steps", "502", "--output", str(output), "--variants", "SAC", "SOM"]
+    sharpness.main(options)
+    seconds = pd.read_csv(output)["seconds"].tolist()
+    table = sharpness.main([*options, "defaults"])
+    assert table["variant"].tolist() == ["SAC", "SOM", "defaults"] and table["seconds"].tolist()[:2] == seconds
+    assert table["success"].between(0, 1).all() and np.isfinite(table["log_prob_error"].iloc[2])
+
+
+def test_sharpness_is_measured_on_a_known_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every state one Gaussian at each opening, the middle one three times as often as each other."""
+    generator = th.Generator().manual_seed(0)
+
+    def known(model: Any, observation: list[float], n: int = 50_000) -> th.Tensor:
+        centres = th.tensor([-0.6, 0.0, 0.0, 0.0, 0.6])[th.randint(5, (n,), generator=generator)]
+        return centres + 0.05 * th.randn(n, generator=generator)
+
+    monkeypatch.setattr(sharpness, "samples_at", known)
+    results = sharpness.examine(None)
+    shares = np.array([0.2, 0.6, 0.2])
+    entropy = 0.5 * np.log(2 * np.pi * np.e * 0.05**2) - (shares * np.log(shares)).sum()
+    assert results["histogram_entropy"] == pytest.approx(entropy, abs=0.01)
+    assert results["mode_ratio"] == pytest.approx(3, rel=0.05)

@@ -135,3 +135,67 @@ def test_the_mean_action_respects_the_bounds() -> None:
     expected = stats.truncnorm((-1 - centre) / scale, (1 - centre) / scale, centre, scale).mean()
     assert mean_action.item() == pytest.approx(expected, abs=0.005)
     assert size.item() == pytest.approx(200_000, rel=1e-3)
+
+
+def test_a_latin_hypercube_has_one_draw_in_each_stratum() -> None:
+    generator = th.Generator().manual_seed(0)
+    b, k, d = 500, 12, 3
+    order = th.rand(k, d, generator=generator).argsort(dim=0)
+    draws = boltzmann.latin_hypercube(th.rand(b, k, d, generator=generator), order)
+    assert th.equal((draws * k).long().sort(dim=1).values, th.arange(k)[:, None].expand(b, k, d))
+    # All together are uniform, and their mean varies far less than that of independent draws, 1 / sqrt(12 k)
+    assert stats.kstest(draws.flatten().numpy(), "uniform").pvalue > 1e-3
+    assert draws.mean(dim=1).std().item() < 0.2 * (12 * k) ** -0.5
+    assert (boltzmann.latin_hypercube(th.full((1, k, d), 1 - 2.0**-24), order) < 1).all()
+
+
+@pytest.mark.parametrize("t", [1e-3, 0.05, 0.5, 0.9, 0.999])
+def test_density_of_the_proposal_is_that_of_scipy(t: float) -> None:
+    generator = th.Generator().manual_seed(0)
+    b, k, d = 40, 5, 3
+    time = th.full((b, 1), t)
+    noisy = (1 - t) * (2 * th.rand(b, d, generator=generator) - 1) + t * th.randn(b, d, generator=generator)
+    actions = boltzmann.gaussian_proposal(noisy, *linear_path(time), th.rand(b, k, d, generator=generator))
+    centre, scale = (noisy.double() / (1 - time.double())).unsqueeze(1).numpy(), t / (1 - t)
+    density = stats.truncnorm((-1 - centre) / scale, (1 - centre) / scale, centre, scale)
+    expected = density.logpdf(np.clip(actions.double().numpy(), -1, 1)).sum(-1)
+    # At small t rounding of an action is a part of the proposal's width
+    assert np.allclose(boltzmann.gaussian_log_prob(actions, noisy, *linear_path(time)), expected, atol=2e-3, rtol=1e-4)
+
+
+def test_without_other_proposals_the_gaussians_weights_are_equal() -> None:
+    weights = boltzmann.mixture_log_weights([100 * th.randn(4, 7)], [7]).softmax(dim=1)
+    assert th.allclose(weights, th.full((4, 7), 1 / 7), atol=1e-5)
+
+
+@pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("centre", [-0.6, 0.6, 1.0])
+def test_gaussian_and_local_proposals_find_the_mean_action_between_modes(t: float, centre: float) -> None:
+    """
+    Two modes of different weight, against quadrature: wherever the local proposal stands, at one of them or at none, and
+    whichever share of the actions is its own.
+    """
+    generator = th.Generator().manual_seed(0)
+    k, std, noisy, time = 100_000, 0.1, th.tensor([[0.05]]), th.tensor([[t]])
+
+    def q(actions: th.Tensor) -> th.Tensor:
+        distances = (actions.squeeze(-1).unsqueeze(-1) - th.tensor([-0.6, 0.5])) / 0.05
+        return 0.5 * th.logsumexp(-0.5 * distances.square() + th.tensor([0.0, 1.0]), dim=-1)
+
+    grid = th.linspace(-1, 1, 20_001, dtype=th.float64).view(1, -1, 1)
+    posterior = (q(grid) / 0.5 - 0.5 * ((noisy - (1 - t) * grid) / t).square().squeeze(-1)).softmax(dim=1)
+    expected = (posterior * grid.squeeze(-1)).sum().item()
+
+    for share in (0.1, 0.5):
+        counts = [k - int(share * k), int(share * k)]
+        places = [(noisy, *linear_path(time)), (th.tensor([[centre]]), th.ones(1, 1), th.full((1, 1), std))]
+        actions = th.cat(
+            [
+                boltzmann.gaussian_proposal(*place, th.rand(1, n, 1, generator=generator))
+                for place, n in zip(places, counts, strict=True)
+            ],
+            dim=1,
+        )
+        log_probs = [boltzmann.gaussian_log_prob(actions, *place) for place in places]
+        weights = (q(actions) / 0.5 + boltzmann.mixture_log_weights(log_probs, counts)).softmax(dim=1)
+        assert boltzmann.snis_mean(weights, actions)[0].item() == pytest.approx(expected, abs=0.01)

@@ -31,6 +31,7 @@ ARGUMENTS = {
         "--params",
         "learning_starts:200",
     ],
+    "gates": ["--steps", "502", "--entropies", "-1", "--output", "out.png"],
     "multimodal": ["--updates", "5", "--samples", "200", "--output", "out.png"],
 }
 
@@ -145,6 +146,49 @@ def test_multimodal_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert is_png(tmp_path / "out.png")
 
 
+def test_gates_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    runs = load("gates").main(ARGUMENTS["gates"])
+    assert is_png(tmp_path / "out.png")
+    assert {name: list(by_entropy) for name, by_entropy in runs.items()} == {"MFPO": [-1.0], "SOM": [None], "SAC": [-1.0]}
+
+
+def test_gates_count_what_passes() -> None:
+    """Policies whose success and routes are known: one that takes all openings alike, one route, and noise."""
+    gates = load("gates")
+
+    class Known:
+        def __init__(self, act: Any):
+            self.act = act
+
+        def predict(self, observations: np.ndarray, deterministic: bool) -> tuple[np.ndarray, None]:
+            return self.act(len(observations))[:, None].astype(np.float32), None
+
+    rng = np.random.default_rng(0)
+    all_routes = gates.evaluate(Known(lambda n: rng.choice(gates.OPENINGS, n) + 0.09 * rng.uniform(-1, 1, n)), 5000)
+    assert (all_routes.success, all_routes.routes) == (1, 27) and all_routes.effective == pytest.approx(27, abs=0.2)
+    one_route = gates.evaluate(Known(lambda n: np.full(n, 0.55)))
+    assert one_route[:3] == (1, 1, 1)
+    # Openings are 0.6 of [-1, 1] = 0.3 of it
+    noise = gates.evaluate(Known(lambda n: rng.uniform(-1, 1, n)), 50_000)
+    assert noise.success == pytest.approx(0.3**3, abs=0.003)
+    # The walls are those of the environment
+    env = gates.Gates()
+    env.reset()
+    assert [env.step(np.array([x], np.float32))[2] for x in (0.51, -0.69, 0.09)] == [False, False, True]
+    env.reset()
+    assert env.step(np.array([0.25], np.float32))[1:3] == (pytest.approx(-0.25), True)
+
+
+def test_mfpo_is_sharp_on_the_gates() -> None:
+    """After 1 000 updates. With the paper's settings, after 3 500: 4 % on 4 routes."""
+    gates = load("gates")
+    result = gates.evaluate(gates.train("MFPO", steps=1500, seed=0))
+    print(result[:3])
+    assert result.success >= 0.3
+    assert result.effective >= 6
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("algorithm, target", [("SOM", "six modes"), ("SOM", "two moons"), ("MFPO", "six modes")])
@@ -176,17 +220,18 @@ def train_reduced(toy: ModuleType, algorithm: str, target: str, **kwargs: Any) -
 def test_mfpo_finds_all_modes_and_knows_its_density() -> None:
     """The bounds on the density are looser than those that the full toy meets."""
     toy = load("multimodal")
-    model = train_reduced(toy, "MFPO", "six modes", n_policy_samples=8, n_gaussian_samples=16)
+    model = train_reduced(toy, "MFPO", "six modes", n_gaussian_samples=18, n_local_samples=6)
     target = toy.TARGETS["six modes"]
     two, twenty = (toy.evaluate(target, *toy.sample_policy(model, 10_000, steps)) for steps in (2, 20))
     print(two, twenty)
     assert two["modes"] == twenty["modes"] == 6
-    assert two["sliced_wasserstein"] <= 0.08
-    assert twenty["sliced_wasserstein"] <= 0.05
+    assert two["sliced_wasserstein"] <= 0.03
+    assert twenty["sliced_wasserstein"] <= 0.03
     # Before training: 5 nats
-    assert two["log_prob_error"] <= 2.0
-    assert twenty["log_prob_error"] <= 1.6
-    assert twenty["strays"] <= 0.2
+    assert two["log_prob_error"] <= 0.7
+    assert twenty["log_prob_error"] <= 0.4
+    assert two["strays"] <= 0.1
+    assert twenty["strays"] <= 0.05
 
 
 @pytest.mark.parametrize("target, modes", [("six modes", 6), pytest.param("two moons", 2, marks=pytest.mark.nightly)])

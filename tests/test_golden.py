@@ -94,13 +94,11 @@ def networks(model: MFPO) -> dict[str, nn.Module]:
 
 
 def golden_model(n_equal: int = 0) -> MFPO:
-    """MFPO at the sizes of the golden file, holding its parameters."""
+    """MFPO with the paper's settings at the sizes of the golden file, holding its parameters."""
     env = RandomEnv(
         spaces.Box(-np.inf, np.inf, (meta("obs_dim"),), np.float32), spaces.Box(-1, 1, (meta("act_dim"),), np.float32)
     )
-    model = MFPO(
-        "MlpPolicy",
-        env,
+    settings = dict(
         learning_rate=meta("lr"),
         buffer_size=10,
         batch_size=meta("batch"),
@@ -114,6 +112,7 @@ def golden_model(n_equal: int = 0) -> MFPO:
         n_probes=meta("N"),
         equal_time_share=n_equal / meta("batch"),
         policy_kwargs=dict(
+            MFPO.PAPER["policy_kwargs"],
             net_arch=[meta("hidden")] * meta("n_hidden"),
             time_fourier_dim=meta("time_dim"),
             time_embedding_dim=meta("embed_hidden"),
@@ -123,6 +122,7 @@ def golden_model(n_equal: int = 0) -> MFPO:
             v_max=meta("v_max"),
         ),
     )
+    model = MFPO("MlpPolicy", env, **{**MFPO.PAPER, **settings})
     with th.no_grad():
         for prefix, network in networks(model).items():
             for name, parameter in flax_parameters(network).items():
@@ -467,6 +467,7 @@ def whole_update(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
         next_noise=g["update/critic_noise"],
         policy_noise=g["update/policy_noise"],
         uniform=uniform.clamp(0, 1),
+        entropy_noise=th.empty(0, 0, meta("act_dim")),
         actor=actor_draws,
         divergence=adn_draws,
         probes=g["update/probes"].transpose(0, 1),

@@ -9,10 +9,11 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from sb3_mfpo import MFPO, SOM
+from sb3_mfpo.maths.entropy import nearest_neighbour_entropy
 from tests.helpers import Algorithm
 
 SETTINGS: dict[Algorithm, dict[str, Any]] = {
-    MFPO: dict(ent_coef="auto_0.2", n_policy_samples=8, n_gaussian_samples=8),
+    MFPO: dict(ent_coef="auto_0.2", n_gaussian_samples=12, n_local_samples=4),
     SOM: {},
 }
 
@@ -50,14 +51,14 @@ def learn_to_reach(algorithm: Algorithm, compile_step: bool = False) -> tuple[An
 def test_mfpo_learns_to_reach(compile_step: bool) -> None:
     """
     A broken critic or actor leaves a single sample of the policy near random (best-of-N alone, with a good critic, would
-    hide a broken actor). The temperature starts too high and must bring the entropy to its target; log-probabilities that
-    are wrong would bring it elsewhere.
+    hide a broken actor). The temperature starts too high and must bring the entropy to its target, here that of many more
+    samples than a gradient step has.
     """
     model, single_sample, best_of_ten = learn_to_reach(MFPO, compile_step)
     batch = model.replay_buffer.sample(256)
     with th.no_grad():
-        _, log_prob = model.policy.action_log_prob(batch.observations)
-    entropy = -log_prob.mean().item()
+        features = model.actor.encode(batch.observations).unsqueeze(1)
+        entropy = nearest_neighbour_entropy(model.actor.flow(features, th.randn(256, 200, 2))).mean().item()
     print(f"entropy {entropy:.2f}", model._temperature())
 
     assert single_sample > -15

@@ -16,22 +16,41 @@ from sb3_mfpo.nets.flow import embed_grid
 from tests.helpers import RandomEnv, make_model
 
 
-def test_paper_defaults() -> None:
+def test_defaults() -> None:
     model = MFPO("MlpPolicy", RandomEnv(), buffer_size=10, device="cpu")
     assert model.target_entropy == -0.5 * 2
     assert make_model(MFPO, target_entropy="auto_0.3").target_entropy == pytest.approx(-0.3 * 2)
     assert make_model(MFPO, target_entropy=0.7).target_entropy == 0.7
     assert model._temperature().item() == pytest.approx(0.01)
-    assert (model.n_policy_samples, model.n_gaussian_samples, model.n_probes) == (16, 32, 2)
-    assert (model.equal_time_share, model.time_mean, model.time_std) == (0.75, -0.4, 1.0)
+    assert (model.n_policy_samples, model.n_gaussian_samples, model.n_local_samples) == (0, 36, 12)
+    assert (model.n_probes, model.n_entropy_samples) == (2, 16)
+    assert (model.intervals, model.equal_time_share, model.uniform_time_share) == ("grid", 0.5, 0.5)
+    assert (model.time_mean, model.time_std) == (-0.4, 1.0)
     assert (model.critic_reduction, model.policy_delay, model.target_update_interval) == ("min", 1, 1)
     policy = model.policy
     assert (policy.sampling_steps, policy.n_action_candidates, len(policy.critic.q_networks)) == (2, 10, 2)
     assert th.equal(policy.critic.atoms, th.linspace(-1600, 1600, 101))
     assert policy.net_arch == [256, 256, 256]
-    # [action, state, time] and [state, action], three hidden layers
-    assert policy.actor.network.input_layer.weight.shape == (256, 2 + 3 + 64)
+    assert policy.actor.sampling_times.tolist() == [1, 0.25, 0]
+    assert policy.action_fourier_std == 0.5
+    # [action, its features, state, time] and [state, action], three hidden layers
+    assert policy.actor.network.input_layer.weight.shape == (256, 2 + 32 + 3 + 64)
     assert [m.out_features for m in policy.critic.q_networks[0].body if isinstance(m, nn.Linear)] == [256, 256, 101]
+
+
+def test_the_papers_settings() -> None:
+    model = MFPO("MlpPolicy", RandomEnv(), buffer_size=10, device="cpu", **MFPO.PAPER)
+    # No other proposals, the entropy by the divergence network
+    assert (model.n_policy_samples, model.n_gaussian_samples, model.n_local_samples) == (16, 32, 0)
+    assert (model.n_probes, model.n_entropy_samples) == (2, 0)
+    # Logit-normal pairs, a quarter of them with r < t
+    assert (model.intervals, model.equal_time_share, model.uniform_time_share) == ("any", 0.75, 0.0)
+    assert (model.time_mean, model.time_std) == (-0.4, 1.0)
+    policy = model.policy
+    # Equal steps, [action, state, time]
+    assert policy.actor.sampling_times.tolist() == [1, 0.5, 0]
+    assert policy.actor.network.input_layer.weight.shape == (256, 2 + 3 + 64)
+    assert policy.divergence.input_layer.weight.shape == (256, 2 + 3 + 64)
 
 
 def test_action_log_prob_returns_actions_and_log_probabilities() -> None:

@@ -1,5 +1,6 @@
 """Networks: the fast paths equal the plain formulation."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,7 +14,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, prune
 
 from sb3_mfpo.nets import layers
-from sb3_mfpo.nets.flow import IntervalEmbedding, MeanFlowMLP, embed_grid
+from sb3_mfpo.nets.flow import ActionFeatures, IntervalEmbedding, MeanFlowMLP, embed_grid
 from sb3_mfpo.nets.layers import MultiInputMLP, TanhGELU, in_chunks
 
 
@@ -61,6 +62,19 @@ def test_chunks_are_not_cut_where_a_gradient_is_needed() -> None:
     assert th.allclose(points.grad, 2 * points)
 
 
+def make_network(
+    activation_fn: Callable[[], nn.Module] = TanhGELU,
+    layer_norm: bool = True,
+    action_fourier_dim: int = 6,
+    instantaneous: bool = False,
+    output_dim: int = 2,
+) -> MeanFlowMLP:
+    """A small one, whose features of the action count from the start."""
+    network = MeanFlowMLP(4, 3, output_dim, [16, 12], activation_fn, layer_norm, 8, 6, action_fourier_dim, 0.5, instantaneous)
+    nn.init.normal_(network.input_layer.weight, std=0.3)
+    return network
+
+
 def plain_call(network: MeanFlowMLP, features: th.Tensor, actions: th.Tensor, t: th.Tensor, length: th.Tensor) -> th.Tensor:
     return network(features, actions, network.embed(t, length))
 
@@ -71,12 +85,13 @@ ACTIVATIONS = [TanhGELU, nn.Tanh, nn.PReLU, lambda: nn.GELU(approximate="tanh"),
 @pytest.mark.parametrize("layer_norm", [True, False])
 @pytest.mark.parametrize("activation_fn", ACTIVATIONS, ids=["TanhGELU", "Tanh", "PReLU", "GELU", "ELU in place"])
 @pytest.mark.parametrize("instantaneous", [True, False])
+@pytest.mark.parametrize("action_fourier_dim", [0, 6])
 def test_tangents_are_those_of_forward_mode(
-    activation_fn: Callable[[], nn.Module], layer_norm: bool, instantaneous: bool
+    activation_fn: Callable[[], nn.Module], layer_norm: bool, instantaneous: bool, action_fourier_dim: int
 ) -> None:
     """Along the flow for the last rows, and for several vectors per point; double precision."""
     th.manual_seed(0)
-    network = MeanFlowMLP(4, 3, 2, [16, 12], activation_fn, layer_norm, 8, 6, instantaneous).double()
+    network = make_network(activation_fn, layer_norm, action_fourier_dim, instantaneous).double()
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.5)
     features, actions, t = th.randn(9, 4).double(), th.randn(9, 3).double(), th.rand(9, 1).double()
@@ -131,6 +146,7 @@ CHANGES: dict[str, Callable[[MeanFlowMLP], Any]] = {
             "body",
             "body.0",
             "body.1",
+            "lift",
             "embed",
             "embed.mlp.0",
         )
@@ -153,7 +169,7 @@ def test_tangents_of_a_changed_network_are_those_of_its_calls(change: str) -> No
     networks = []
     for _ in range(2):
         th.manual_seed(0)
-        networks.append(MeanFlowMLP(4, 3, 2, [16, 12], TanhGELU, False, 8, 6, instantaneous=False).double())
+        networks.append(make_network(layer_norm=False).double())
         CHANGES[change](networks[-1])
     # Norms are iterated in a call
     network, twin = networks
@@ -173,7 +189,7 @@ def test_tangents_of_a_changed_network_are_those_of_its_calls(change: str) -> No
 
 @pytest.mark.parametrize("activation_fn", [nn.RReLU, lambda: nn.Dropout(0.5)], ids=["RReLU", "Dropout"])
 def test_tangents_share_the_random_numbers_of_the_output(activation_fn: Callable[[], nn.Module]) -> None:
-    network = MeanFlowMLP(4, 3, 2, [16, 12], activation_fn, True, 8, 6, instantaneous=False).double()
+    network = make_network(activation_fn).double()
     inputs = [th.randn(9, 4).double(), th.randn(9, 3).double(), th.rand(9, 1).double(), th.rand(9, 1).double()]
     output, jvp = network.linearize(*inputs)
     vector, one, small = th.randn(9, 3).double(), th.ones(9, 1).double(), 1e-6
@@ -190,7 +206,7 @@ def test_tangents_share_the_random_numbers_of_the_output(activation_fn: Callable
 
 
 def test_global_hooks_see_every_module_of_a_network() -> None:
-    network = MeanFlowMLP(4, 3, 2, [16, 12], TanhGELU, True, 8, 6, instantaneous=False)
+    network = make_network()
     inputs = th.randn(9, 4), th.randn(9, 3), th.rand(9, 1), th.rand(9, 1)
     seen = []
     handle = register_module_forward_hook(lambda module, *args: seen.append(module))
@@ -202,7 +218,7 @@ def test_global_hooks_see_every_module_of_a_network() -> None:
 def test_the_linearised_output_has_the_gradient_of_forward() -> None:
     """The tangents read the activations and leave them as they are."""
     th.manual_seed(0)
-    network = MeanFlowMLP(4, 3, 2, [16, 12], TanhGELU, True, 8, 6, instantaneous=False)
+    network = make_network()
     inputs = th.randn(9, 4), th.randn(9, 3), th.rand(9, 1), th.rand(9, 1)
     plain_call(network, *inputs).square().sum().backward()
     expected = [parameter.grad for parameter in network.parameters()]
@@ -216,7 +232,7 @@ def test_the_linearised_output_has_the_gradient_of_forward() -> None:
 
 def test_points_of_one_state_have_tangents_of_their_own() -> None:
     """Features (B, 1, S) and one time serve K points each."""
-    network = MeanFlowMLP(4, 3, 3, [16, 12], TanhGELU, True, 8, 6, instantaneous=False)
+    network = make_network(output_dim=3)
     features, actions, t, vectors = th.randn(5, 1, 4), th.randn(5, 7, 3), th.rand(1), th.randn(2, 5, 7, 3)
     products = network.linearize(features, actions, t, t)[1](vectors)
     flat = network.linearize(features.expand(5, 7, 4).flatten(0, 1), actions.flatten(0, 1), t.expand(35, 1), t.expand(35, 1))
@@ -224,7 +240,7 @@ def test_points_of_one_state_have_tangents_of_their_own() -> None:
 
 
 def test_a_grid_of_times_is_the_network_step_by_step() -> None:
-    network = MeanFlowMLP(4, 3, 2, [16, 12], TanhGELU, True, 8, 6, instantaneous=False)
+    network = make_network()
     features, actions, times = th.randn(5, 1, 4), th.randn(5, 7, 3), th.tensor([1.0, 0.7, 0.3, 0.0])
     intervals = embed_grid(network, times)
     for interval, t, r in zip(intervals, times[:-1], times[1:], strict=True):
@@ -250,8 +266,23 @@ def test_fourier_features_are_cosines_then_sines() -> None:
     assert th.equal(features[:, 1], th.tensor([[1.0, 1.0, 0.0, 0.0]] * 2))
 
 
+def test_an_action_stands_before_its_features_which_are_cosines_then_sines() -> None:
+    lift = ActionFeatures(2, 4, std=0.5)
+    lift.frequencies.copy_(2 * math.pi * th.tensor([[1.0, 0.0], [0.0, 0.25]]).repeat(2, 1))
+    lifted = lift(th.tensor([[0.25, 0.0], [0.5, 1.0]]))
+    assert th.allclose(lifted, th.tensor([[0.25, 0.0, 0.0, 1.0, 1.0, 0.0], [0.5, 1.0, -1.0, 0.0, 0.0, 1.0]]), atol=1e-6)
+
+
+@pytest.mark.parametrize("action_dim", [1, 20])
+def test_features_turn_as_often_whatever_the_number_of_coordinates(action_dim: int) -> None:
+    frequencies = ActionFeatures(action_dim, 10_000, std=0.5).frequencies / (2 * math.pi)
+    assert frequencies.square().sum(dim=1).mean().sqrt().item() == pytest.approx(0.5, rel=0.05)
+    # A cosine and a sine of each
+    assert th.equal(*frequencies.chunk(2))
+
+
 def test_an_interval_is_embedded_as_the_sum_of_two_embeddings() -> None:
-    network = MeanFlowMLP(4, 3, 2, [16, 12], TanhGELU, True, 8, 6, instantaneous=False)
+    network = make_network()
     t, h = th.rand(2, 5, 7, 1)
     for parameter in network.embed.parameters():
         nn.init.normal_(parameter)
@@ -260,15 +291,30 @@ def test_an_interval_is_embedded_as_the_sum_of_two_embeddings() -> None:
 
 def test_initialisation() -> None:
     th.manual_seed(0)
-    network = MeanFlowMLP(30, 20, 5, [300, 200], TanhGELU, True, 64, 32, instantaneous=False)
+    network = MeanFlowMLP(30, 20, 5, [300, 200], TanhGELU, True, 64, 32, 10, 0.5, instantaneous=False)
     for layer in network.modules():
         if isinstance(layer, nn.Linear):
             fan_out, fan_in = layer.weight.shape
             bound = (6 / (fan_in + fan_out)) ** 0.5
             assert 0.9 * bound < layer.weight.abs().max() <= bound
             assert (layer.bias == 0).all()
+    # Without the action's features at first
+    start_at_zero = (network.input_layer.weight == 0).all(dim=0)
+    assert start_at_zero.nonzero().flatten().tolist() == list(range(20, 30))
     assert ((0.1 < network.embed.frequencies.std(dim=-1)) & (network.embed.frequencies.std(dim=-1) < 0.3)).all()
     for layer, fan_in in ((network.embed.mlp[0], 64), (network.embed.mlp[2], 32)):
         bound = (6 / (fan_in + 32)) ** 0.5
         assert ((0.9 * bound < layer.weight.abs().amax(dim=(1, 2))) & (layer.weight.abs().amax(dim=(1, 2)) <= bound)).all()
         assert (layer.bias == 0).all()
+
+
+def test_tangents_through_the_features_are_finite_differences() -> None:
+    """Along the flow: the noisy action moves with a velocity, t and h at rate 1."""
+    th.manual_seed(0)
+    network, step = make_network().double(), 1e-5
+    features, actions, velocity = (th.randn(20, n, dtype=th.float64) for n in (4, 3, 3))
+    t = 0.2 + 0.6 * th.rand(20, 1, dtype=th.float64)
+    h = t / 2
+    _, jvp = network.linearize(features, actions, t, h)
+    ahead, behind = (plain_call(network, features, actions + s * velocity, t + s, h + s) for s in (step, -step))
+    assert th.allclose(jvp(velocity, th.ones_like(t)), (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-8)

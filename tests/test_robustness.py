@@ -282,9 +282,12 @@ def trainings(draw: Any, algorithm: Algorithm) -> tuple[RandomEnv, dict[str, Any
         layer_norm=draw(st.booleans()),
         time_fourier_dim=2 * draw(st.integers(1, 4)),
         time_embedding_dim=draw(st.integers(1, 6)),
+        action_fourier_dim=2 * draw(st.integers(0, 3)),
+        action_fourier_std=draw(st.floats(0.01, 5)),
         critic_type=draw(st.sampled_from(["categorical", "scalar"])),
         value_init=draw(st.sampled_from(["uniform", "narrow"])),
         sampling_steps=draw(st.integers(1, 4)),
+        sampling_power=draw(st.floats(0.1, 4)),
         n_action_candidates=draw(st.integers(1, 5)),
         n_critics=draw(st.integers(1, 3)),
         n_atoms=draw(st.integers(2, 12)),
@@ -307,15 +310,18 @@ def trainings(draw: Any, algorithm: Algorithm) -> tuple[RandomEnv, dict[str, Any
         n_steps=1 if isinstance(env.observation_space, spaces.Dict) else draw(st.sampled_from([1, 3])),
         policy_delay=draw(st.integers(1, 3)),
         target_update_interval=draw(st.integers(1, 3)),
+        intervals=draw(st.sampled_from(["grid", "any"])),
         equal_time_share=draw(st.floats(0, 1)),
+        uniform_time_share=draw(st.floats(0, 1)),
         time_mean=draw(st.floats(-2, 2)),
         time_std=draw(st.floats(0, 2)),
         critic_reduction=draw(st.sampled_from(["min", "mean"])),
         seed=draw(st.integers(0, 1000)),
     )
     if algorithm is MFPO:
-        n_policy, n_gaussian = draw(st.sampled_from([(0, 4), (3, 0), (2, 3), (1, 1)]))
-        kwargs |= dict(n_policy_samples=n_policy, n_gaussian_samples=n_gaussian, n_probes=draw(st.integers(1, 3)))
+        n_policy, n_gaussian, n_local = draw(st.sampled_from([(0, 4, 0), (3, 0, 0), (2, 3, 4), (1, 1, 0), (0, 1, 1)]))
+        kwargs |= dict(n_policy_samples=n_policy, n_gaussian_samples=n_gaussian, n_local_samples=n_local)
+        kwargs |= dict(n_probes=draw(st.integers(1, 3)), n_entropy_samples=draw(st.sampled_from([0, 2, 5])))
         kwargs["ent_coef"] = draw(st.one_of(st.sampled_from(["auto", "auto_0.01"]), st.floats(1e-3, 10)))
         kwargs["target_entropy"] = draw(st.one_of(st.sampled_from(["auto", "auto_0.3"]), st.floats(-5, 5)))
         policy_kwargs["actor_type"] = draw(st.sampled_from(["mean_flow", "flow_matching"]))
@@ -329,7 +335,6 @@ def trainings(draw: Any, algorithm: Algorithm) -> tuple[RandomEnv, dict[str, Any
             score_norm=draw(st.one_of(st.none(), st.floats(0.1, 30))),
             path=draw(st.sampled_from(["linear", "vp"])),
             adaptive_loss=draw(st.booleans()),
-            time_distribution=draw(st.sampled_from(["uniform", "logit_normal"])),
         )
     return env, {**kwargs, "policy_kwargs": {**SMALL_POLICY, **policy_kwargs}}
 

@@ -241,7 +241,10 @@ def test_custom_policy_kwargs_survive_saving(algorithm: Algorithm, tmp_path: Pat
         layer_norm=False,
         time_fourier_dim=4,
         time_embedding_dim=3,
+        action_fourier_dim=8,
+        action_fourier_std=1.5,
         sampling_steps=3,
+        sampling_power=1.0,
         n_action_candidates=4,
         n_critics=3,
         n_atoms=5,
@@ -259,7 +262,8 @@ def test_custom_policy_kwargs_survive_saving(algorithm: Algorithm, tmp_path: Pat
     policy = loaded.policy
     assert (policy.sampling_steps, policy.n_action_candidates, len(policy.critic.q_networks)) == (3, 4, 3)
     assert policy.critic.atoms.tolist() == pytest.approx([-300.0, -125.0, 50.0, 225.0, 400.0])
-    assert policy.actor.network.input_layer.weight.shape == (10, 2 + 6 + 3)
+    assert policy.actor.network.input_layer.weight.shape == (10, 2 + 8 + 6 + 3)
+    assert (policy.action_fourier_std, policy.sampling_power) == (1.5, 1.0)
     assert isinstance(policy.actor.optimizer, th.optim.AdamW)
     assert (policy.critic.features_extractor is policy.actor.features_extractor) == share
     assert policy.critic_target.features_extractor is not policy.actor.features_extractor
@@ -748,7 +752,8 @@ def test_networks_without_hidden_layers_are_linear(
     algorithm: Algorithm, tmp_path: Path, net_arch: Any, value_init: str
 ) -> None:
     """As in SB3: a change of the input changes the output by as much wherever it is made."""
-    model = make_model(algorithm, policy_kwargs=dict(net_arch=net_arch, value_init=value_init), seed=0).learn(20)
+    policy_kwargs = dict(net_arch=net_arch, value_init=value_init, action_fourier_dim=0)
+    model = make_model(algorithm, policy_kwargs=policy_kwargs, seed=0).learn(20)
     pi, qf = (net_arch["pi"], net_arch["qf"]) if net_arch else ([], [])
     states, actions, step = th.randn(5, 3), th.randn(5, 2), th.randn(5, 2)
     networks = {model.critic.q_networks[0]: (qf, lambda a: model.critic.q_networks[0](states, a))}
@@ -1208,6 +1213,10 @@ SHARED_VARIANTS: list[dict[str, Any]] = [
     dict(policy_kwargs=dict(sampling_steps=5)),
     dict(equal_time_share=0.0),
     dict(equal_time_share=1.0),
+    dict(intervals="any", uniform_time_share=0.0),
+    dict(intervals="any", uniform_time_share=1.0),
+    dict(policy_kwargs=dict(action_fourier_dim=0)),
+    dict(policy_kwargs=dict(sampling_power=1.0)),
     dict(policy_kwargs=dict(n_critics=1)),
     dict(policy_kwargs=dict(n_critics=4)),
     dict(policy_kwargs=dict(layer_norm=False)),
@@ -1217,8 +1226,11 @@ VARIANTS: dict[Algorithm, list[dict[str, Any]]] = {
         dict(policy_kwargs=dict(actor_type="flow_matching")),
         dict(policy_kwargs=dict(divergence_type="flow_matching")),
         dict(policy_kwargs=dict(divergence_type="exact")),
-        dict(n_policy_samples=0, n_gaussian_samples=5),
-        dict(n_policy_samples=5, n_gaussian_samples=0),
+        MFPO.PAPER,
+        dict(n_policy_samples=0),
+        dict(n_local_samples=0),
+        dict(n_policy_samples=5, n_gaussian_samples=0, n_local_samples=0),
+        dict(n_entropy_samples=0),
         dict(ent_coef=0.3),
         dict(n_probes=4),
     ],
@@ -1227,7 +1239,6 @@ VARIANTS: dict[Algorithm, list[dict[str, Any]]] = {
         dict(score_estimator="gradient"),
         dict(score_norm=3.0),
         dict(adaptive_loss=True),
-        dict(time_distribution="logit_normal"),
         dict(normalize_q=False),
         dict(inverse_temperature=100.0),
         dict(n_samples=1),

@@ -9,7 +9,7 @@ import pytest
 import torch as th
 
 from sb3_mfpo import SOM
-from sb3_mfpo.maths import boltzmann, mean_flow
+from sb3_mfpo.maths import boltzmann
 from sb3_mfpo.som.som import PATHS
 from tests.helpers import RandomEnv, make_model
 
@@ -23,7 +23,8 @@ def test_defaults_are_the_verified_form() -> None:
         None,
         False,
     )
-    assert (model.time_distribution, model.equal_time_share, model.normalize_q) == ("uniform", 0.25, True)
+    assert (model.intervals, model.equal_time_share, model.uniform_time_share) == ("any", 0.25, 1.0)
+    assert model.normalize_q is True
     assert (model.inverse_temperature, model.n_samples) == (30.0, 32)
     assert (model.critic_reduction, model.policy_delay, model.target_update_interval) == ("min", 1, 1)
     assert (model.policy.sampling_steps, model.policy.n_action_candidates) == (1, 10)
@@ -104,7 +105,7 @@ VARIANTS: list[dict[str, Any]] = [
     dict(path="vp"),
     dict(score_norm=2.0),
     dict(adaptive_loss=True),
-    dict(time_distribution="logit_normal", equal_time_share=0.75),
+    dict(intervals="any", uniform_time_share=0.0, equal_time_share=0.75),
     dict(score_estimator="gradient"),
     dict(path="vp", score_estimator="gradient", score_norm=2.0, adaptive_loss=True),
 ]
@@ -188,17 +189,6 @@ def test_the_backup_has_no_entropy_bonus(monkeypatch: pytest.MonkeyPatch) -> Non
     assert entropy_bonus.item() == 0
     assert th.equal(rewards, batch.rewards)
     assert th.allclose(discounts, (1 - batch.dones) * model.gamma)
-
-
-def test_uniform_and_logit_normal_times_are_drawn() -> None:
-    model = make_model(SOM, equal_time_share=0.25)
-    t, r, *_ = model._draw(4000).actor
-    assert (t[:1000] == r[:1000]).all() and (t[1000:] > r[1000:]).all()
-    assert t.mean().item() == pytest.approx(0.5, abs=0.02)
-    model.time_distribution = "logit_normal"
-    t, r, *_ = model._draw(4000).actor
-    expected, _ = mean_flow.logit_normal_times(th.randn(100_000, 2), model.time_mean, model.time_std, 0)
-    assert t.mean().item() == pytest.approx(expected.mean().item(), abs=0.02)
 
 
 def test_changed_settings_take_effect_at_the_next_gradient_step() -> None:

@@ -91,6 +91,7 @@ def test_the_papers_settings_are_a_configuration_of_the_zoo(tmp_path: Path) -> N
         "auto_0.01",
     )
     assert (model.policy.v_min, model.policy.v_max, model.policy.value_init) == (-1600, 1600, "uniform")
+    assert all(getattr(model, name) == value for name, value in MFPO.PAPER.items())
 
 
 def test_enjoy(runs: Path) -> None:
@@ -530,7 +531,7 @@ def make_manager(folder: Path, **kwargs: Any) -> Manager:
 
 
 TRIAL = dict(learning_rate=1e-3, one_minus_gamma=0.1, tau=0.01, policy_delay=1, value_range=70.0, net_arch="small")
-OWN_PARAMS = {"mfpo": dict(rho=0.5, n_policy_samples=4, n_gaussian_samples=8, sampling_steps=3)}
+OWN_PARAMS = {"mfpo": dict(rho=0.5, n_gaussian_samples=12, n_local_samples=4, sampling_steps=3)}
 OWN_PARAMS["som"] = dict(inverse_temperature=9.0, n_samples=8)
 FILE = """
 default:

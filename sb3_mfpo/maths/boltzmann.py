@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import torch as th
 
+from sb3_mfpo.maths.mean_flow import standard_normal_log_prob
 from sb3_mfpo.maths.paths import actions_from_noise, truncated_noise_bounds
 
 
@@ -64,6 +65,53 @@ def gaussian_proposal(noisy_actions: th.Tensor, mu: th.Tensor, sigma: th.Tensor,
     noise = truncated_normal(uniform, *truncated_noise_bounds(noisy_actions, mu, sigma))
     # Rounding only: dividing by a small mu_t can carry an action past a bound by a few units in the last place
     return actions_from_noise(noisy_actions, noise, mu, sigma).clamp(-1, 1)
+
+
+def latin_hypercube(uniform: th.Tensor, order: th.Tensor) -> th.Tensor:
+    """
+    Stratified draws: along each coordinate, each of K equal intervals holds one of the K draws. Means over them vary less than
+    over independent ones ("A Comparison of Three Methods for Selecting Values of Input Variables", McKay et al. 1979).
+
+    :param uniform: Independent draws from [0, 1), shape (B, K, d)
+    :param order: For each coordinate a random permutation of 0 ... K - 1, shape (K, d)
+    :return: Draws in [0, 1), each of them uniform, shape (B, K, d)
+    """
+    # Rounding could carry the last interval's to 1
+    return ((order + uniform) / len(order)).clamp_max(1 - th.finfo(uniform.dtype).eps / 2)
+
+
+def gaussian_log_prob(actions: th.Tensor, noisy_actions: th.Tensor, mu: th.Tensor, sigma: th.Tensor) -> th.Tensor:
+    """
+    Log-density of ``gaussian_proposal``.
+
+    :param actions: In [-1, 1], shape (B, K, d)
+    :param noisy_actions: a_t, shape (B, d)
+    :param mu: mu_t > 0, shape (B, 1)
+    :param sigma: sigma_t > 0, shape (B, 1)
+    :return: Log-density in nats, shape (B, K)
+    """
+    lower, upper = (bound.double() for bound in truncated_noise_bounds(noisy_actions, mu, sigma))
+    # Of the two tails, the one that keeps its precision
+    mass = th.maximum(normal_cdf(upper) - normal_cdf(lower), normal_cdf(-lower) - normal_cdf(-upper))
+    log_mass = mass.clamp_min(th.finfo(mass.dtype).tiny).log().sum(dim=-1, keepdim=True).to(actions.dtype)
+    noise = (noisy_actions.unsqueeze(1) - mu.unsqueeze(1) * actions) / sigma.unsqueeze(1)
+    return standard_normal_log_prob(noise) + actions.shape[-1] * (mu / sigma).log() - log_mass
+
+
+def mixture_log_weights(log_probs: Sequence[th.Tensor], counts: Sequence[int]) -> th.Tensor:
+    """
+    Unnormalised log-weights, but for Q / alpha, of actions of which n_i were drawn from proposal i,
+    log p_1 - log sum_i n_i p_i.
+    The first proposal is N(a_t / mu_t, (sigma_t / mu_t)^2 I), the other factor of p(a_0 | a_t). Each action is weighed against
+    all proposals together, so that none counts for much only because it was unlikely under its own ("Optimally Combining
+    Sampling Techniques for Monte Carlo Rendering", Veach & Guibas 1995).
+
+    :param log_probs: Log-densities of all actions under each proposal, in nats, shape (B, K) each
+    :param counts: How many of the K actions come from each, above 0
+    :return: shape (B, K)
+    """
+    mixture = th.stack([log_prob + math.log(n) for log_prob, n in zip(log_probs, counts, strict=True)]).logsumexp(dim=0)
+    return log_probs[0] - mixture
 
 
 def policy_log_weights(

@@ -45,6 +45,30 @@ def uniform_times(uniform: th.Tensor, n_equal: int) -> tuple[th.Tensor, th.Tenso
     return t, th.cat([t[:n_equal], t[n_equal:] * uniform[n_equal:, 1:]])
 
 
+def sampling_grid(n_steps: int, power: float) -> th.Tensor:
+    """
+    Times between which the sampler steps, ``(k / T) ** power`` for k from T down to 0. A power of 1 makes all steps equally
+    long; a higher one makes the last ones shorter, which lie where modes are told apart.
+
+    :param n_steps: Number of steps T, at least 1
+    :param power: Above 0
+    :return: From 1 (noise) down to 0 (action), shape (T + 1,)
+    """
+    return th.linspace(1, 0, n_steps + 1) ** power
+
+
+def start_on_grid(t: th.Tensor, grid: th.Tensor) -> th.Tensor:
+    """
+    The point of a grid below a time: where the sampler's step that passes through t ends.
+
+    :param t: In (0, 1], shape (B, 1)
+    :param grid: From 1 down to 0, shape (T + 1,)
+    :return: r < t, shape (B, 1)
+    """
+    ascending = grid.flip(0)
+    return ascending[th.bucketize(t, ascending) - 1]
+
+
 def mean_flow_target(instantaneous: th.Tensor, h: th.Tensor, derivative: th.Tensor) -> th.Tensor:
     """
     Regression target of an average over [r, t] by the MeanFlow identity, average = instantaneous - h d/dt average

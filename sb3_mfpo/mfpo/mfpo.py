@@ -17,6 +17,7 @@ from sb3_mfpo.checks import check_integer
 from sb3_mfpo.maths import boltzmann
 from sb3_mfpo.maths.categorical import reduce_values
 from sb3_mfpo.maths.divergence import hutchinson_divergence
+from sb3_mfpo.maths.entropy import nearest_neighbour_entropy
 from sb3_mfpo.maths.paths import interpolate, linear_path, linear_velocity
 from sb3_mfpo.mfpo.policies import (
     AverageDivergenceNetwork,
@@ -29,19 +30,26 @@ from sb3_mfpo.mfpo.policies import (
 from sb3_mfpo.training.actor_critic import Metrics
 from sb3_mfpo.training.mean_flow import MeanFlowAlgorithm, MeanFlowDraws
 
+# Standard deviation, in scaled actions, of the proposals around an action of the policy: about that of a good mode
+LOCAL_STD = 0.1
+# States that the entropy is estimated at: enough for the mean over a batch
+N_ENTROPY_STATES = 64
+
 
 class GradientStepDraws(NamedTuple):
     """
     All randomness of one gradient step.
 
     ``next_noise``: starts the next actions, standard normal, shape (B, d); ``policy_noise``: starts the policy's proposals,
-    standard normal, shape (B, max(K1, 1), d); ``uniform``: of the Gaussian proposals, in [0, 1), shape (B, K2, d);
-    ``probes``: Hutchinson probes, standard normal, shape (N, B, d).
+    standard normal, shape (B, max(K1, 1), d); ``uniform``: of the Gaussian and the local proposals, in [0, 1), shape
+    (B, K2 + K3, d); ``entropy_noise``: starts the samples of which the entropy is estimated, standard normal, shape
+    (at most B, n, d); ``probes``: Hutchinson probes with identity covariance, shape (N, B, d).
     """
 
     next_noise: th.Tensor
     policy_noise: th.Tensor
     uniform: th.Tensor
+    entropy_noise: th.Tensor
     actor: MeanFlowDraws
     divergence: MeanFlowDraws
     probes: th.Tensor
@@ -99,12 +107,18 @@ class MFPO(MeanFlowAlgorithm):
     :param device: Device (cpu, cuda, ...) on which the code should be run. Setting it to auto, the code will be run on the
         GPU if possible.
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
-    :param n_policy_samples: Number K1 of actions per state that the policy proposes to the velocity estimate; 0 leaves the
-        Gaussian proposal alone
+    :param n_policy_samples: Number K1 of actions per state that the policy proposes to the velocity estimate, as in the paper
     :param n_gaussian_samples: Number K2 of actions per state from the truncated Gaussian proposal; 0 leaves the policy's
         proposal alone
+    :param n_local_samples: Number K3 of actions per state near the action that a_t is made from, weighed together with the
+        Gaussian's
     :param n_probes: Number N of Hutchinson probes of the divergence
+    :param n_entropy_samples: Number of actions per state from whose distances the entropy is estimated that a learned
+        temperature follows; the divergence network's is taken where it is lower, and alone with 0, as in the paper
+    :param intervals: Time intervals that the flow is trained on: those of the sampler's steps ("grid"), which suit
+        ``sampling_steps``, or "any", as in the paper, which suits every number of steps
     :param equal_time_share: Share in [0, 1] of a batch with r = t, that is of plain flow matching
+    :param uniform_time_share: Share in [0, 1] of times that are uniform; the others are logit-normal
     :param time_mean: Mean of the normal distribution inside the logit-normal distribution of times
     :param time_std: Its standard deviation
     :param critic_reduction: "min" or "mean" over the critics, in targets, velocity estimate and choice of action (the authors
@@ -124,6 +138,18 @@ class MFPO(MeanFlowAlgorithm):
     }
     policy_base = MFPOPolicy
     policy: MFPOPolicy
+
+    # The paper's settings, where they differ: `MFPO("MlpPolicy", env, **MFPO.PAPER)`
+    PAPER: ClassVar[dict[str, Any]] = dict(
+        n_policy_samples=16,
+        n_gaussian_samples=32,
+        n_local_samples=0,
+        n_entropy_samples=0,
+        intervals="any",
+        equal_time_share=0.75,
+        uniform_time_share=0.0,
+        policy_kwargs=dict(action_fourier_dim=0, sampling_power=1.0),
+    )
 
     def __init__(
         self,
@@ -156,10 +182,14 @@ class MFPO(MeanFlowAlgorithm):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
         *,
-        n_policy_samples: int = 16,
-        n_gaussian_samples: int = 32,
+        n_policy_samples: int = 0,
+        n_gaussian_samples: int = 36,
+        n_local_samples: int = 12,
         n_probes: int = 2,
-        equal_time_share: float = 0.75,
+        n_entropy_samples: int = 16,
+        intervals: str = "grid",
+        equal_time_share: float = 0.5,
+        uniform_time_share: float = 0.5,
         time_mean: float = -0.4,
         time_std: float = 1.0,
         critic_reduction: str = "min",
@@ -195,7 +225,9 @@ class MFPO(MeanFlowAlgorithm):
             verbose=verbose,
             seed=seed,
             device=device,
+            intervals=intervals,
             equal_time_share=equal_time_share,
+            uniform_time_share=uniform_time_share,
             time_mean=time_mean,
             time_std=time_std,
             critic_reduction=critic_reduction,
@@ -207,7 +239,9 @@ class MFPO(MeanFlowAlgorithm):
         self.target_entropy = target_entropy
         self.n_policy_samples = n_policy_samples
         self.n_gaussian_samples = n_gaussian_samples
+        self.n_local_samples = n_local_samples
         self.n_probes = n_probes
+        self.n_entropy_samples = n_entropy_samples
         self.log_ent_coef: th.Tensor | None = None
         self.ent_coef_optimizer: th.optim.Optimizer | None = None
 
@@ -217,10 +251,19 @@ class MFPO(MeanFlowAlgorithm):
     def _check_arguments(self) -> None:
         super()._check_arguments()
         check_integer("n_probes", self.n_probes, minimum=1)
-        for name in ("n_policy_samples", "n_gaussian_samples"):
+        for name in ("n_policy_samples", "n_gaussian_samples", "n_local_samples", "n_entropy_samples"):
             check_integer(name, getattr(self, name), minimum=0)
         if self.n_policy_samples + self.n_gaussian_samples == 0:
             raise ValueError("`n_policy_samples` and `n_gaussian_samples` are both 0: the velocity estimate needs a proposal.")
+        if self.n_local_samples > 0 and self.n_gaussian_samples == 0:
+            raise ValueError(
+                f"`n_local_samples={self.n_local_samples}` needs `n_gaussian_samples` above 0: local proposals see one mode "
+                "alone."
+            )
+        if self.n_entropy_samples == 1:
+            raise ValueError(
+                "`n_entropy_samples` must be 0 or at least 2, not 1: the estimate compares samples with each other."
+            )
         parse_ent_coef(self.ent_coef)
         parse_target_entropy(self.target_entropy, self.action_space)
 
@@ -250,13 +293,16 @@ class MFPO(MeanFlowAlgorithm):
 
     def _draw(self, batch_size: int) -> GradientStepDraws:
         d, n_policy = get_action_dim(self.action_space), max(self.n_policy_samples, 1)
+        strata = [self._stratified(batch_size, n, d) for n in (self.n_gaussian_samples, self.n_local_samples)]
         return GradientStepDraws(
             next_noise=self._normal(batch_size, d),
             policy_noise=self._normal(batch_size, n_policy, d),
-            uniform=th.rand(batch_size, self.n_gaussian_samples, d, device=self.device),
+            uniform=th.cat(strata, dim=1),
+            entropy_noise=self._normal(min(batch_size, N_ENTROPY_STATES), self.n_entropy_samples, d),
             actor=self._draw_regression(batch_size, self.policy.actor_type),
             divergence=self._draw_regression(batch_size, self.policy.divergence_type),
-            probes=self._normal(self.n_probes, batch_size, d),
+            # Signs: of all probes with identity covariance they vary the least
+            probes=self._normal(self.n_probes, batch_size, d).sign(),
         )
 
     def _update(
@@ -291,6 +337,7 @@ class MFPO(MeanFlowAlgorithm):
         features = self.actor.encode(batch.observations)
         with th.no_grad():
             actions, log_prob = self.policy.sample(features.unsqueeze(1), draws.policy_noise)
+            metrics["entropy"] = entropy = self._entropy(features, log_prob, draws.entropy_noise)
 
         # Velocity field of the Boltzmann policy, at a point on the path from the first of them (Eq. 19-27)
         t = draws.actor.t
@@ -317,11 +364,26 @@ class MFPO(MeanFlowAlgorithm):
             metrics["divergence_loss"] = self._descend("divergence_loss", loss, self.divergence.optimizer)
 
         # Temperature: it rises when the entropy is below its target (Eq. 30)
-        metrics["entropy"] = entropy = -log_prob.mean()
         if self.log_ent_coef is not None and self.ent_coef_optimizer is not None:
             loss = (self.log_ent_coef.exp() * (entropy - float(self.target_entropy))).mean()
             metrics["ent_coef_loss"] = self._descend("ent_coef_loss", loss, self.ent_coef_optimizer)
         return metrics
+
+    def _entropy(self, features: th.Tensor, log_prob: th.Tensor, noise: th.Tensor) -> th.Tensor:
+        """
+        Mean entropy of the policy before its actions are clipped, the lower of two estimates that err upwards: the divergence
+        network's where the policy is sharp, that of nearest neighbours where it has many coordinates.
+
+        :param features: The actor's state features, shape (B, features_dim)
+        :param log_prob: Log-probabilities by the divergence network
+        :param noise: Starts the samples, shape (at most B, n, d)
+        :return: In nats, a scalar
+        """
+        entropy = -log_prob.mean()
+        if self.n_entropy_samples == 0:
+            return entropy
+        samples = self.actor.flow(features[: len(noise)].unsqueeze(1), noise)
+        return th.minimum(entropy, nearest_neighbour_entropy(samples).mean())
 
     def _temperature(self) -> th.Tensor:
         if self.log_ent_coef is None:
@@ -340,32 +402,32 @@ class MFPO(MeanFlowAlgorithm):
         ent_coef: th.Tensor,
     ) -> tuple[th.Tensor, Metrics]:
         """
-        Velocity field of exp(Q / alpha), by importance sampling from both proposals (Eq. 19-27).
+        Velocity field of exp(Q / alpha), by importance sampling (Eq. 19-27; the local proposals are ours).
 
         :param observations: Batch of observations
-        :param actions: Samples of the policy, shape (B, max(K1, 1), d)
+        :param actions: Samples of the policy, of which the first leads to a_t, shape (B, max(K1, 1), d)
         :param log_prob: Their log-probabilities, shape (B, max(K1, 1))
         :param noisy_actions: a_t, shape (B, d)
         :param t: Time in (0, 1), shape (B, 1)
-        :param uniform: Draws behind the Gaussian proposal, shape (B, K2, d)
+        :param uniform: Draws behind the Gaussian and the local proposals, shape (B, K2 + K3, d)
         :param ent_coef: Temperature
         :return: Velocity, shape (B, d); quantities to log
         """
         policy_actions, policy_log_prob = actions[:, : self.n_policy_samples], log_prob[:, : self.n_policy_samples]
-        gaussian_actions = boltzmann.gaussian_proposal(noisy_actions, *linear_path(t), uniform)
+        gaussian_actions, gaussian_log_weights = self._gaussian_proposals(noisy_actions, actions[:, 0], t, uniform)
         # Values, of all proposals in one pass
         features = self.critic.encode(observations).unsqueeze(1)
         q_values = reduce_values(
             self.critic.q_values(features, th.cat([policy_actions, gaussian_actions], dim=1)), self.critic_reduction
         )
         policy_q, gaussian_q = q_values.split([policy_actions.shape[1], gaussian_actions.shape[1]], dim=1)
-        # Weights, of each proposal by itself
+        # Weights, of the policy's samples by themselves, of the others together
         proposals = {}
         if self.n_policy_samples > 0:
             log_weights = boltzmann.policy_log_weights(policy_q, policy_log_prob, policy_actions, noisy_actions, t, ent_coef)
             proposals["policy"] = (log_weights, policy_actions)
         if self.n_gaussian_samples > 0:
-            proposals["gaussian"] = (gaussian_q / ent_coef, gaussian_actions)
+            proposals["gaussian"] = (gaussian_q / ent_coef + gaussian_log_weights, gaussian_actions)
         # Self-normalised estimates of E[a_0 | a_t], and their mean by effective sample size
         estimates = {
             name: boltzmann.snis_mean(log_weights.softmax(dim=1), samples)
@@ -376,6 +438,29 @@ class MFPO(MeanFlowAlgorithm):
         if "policy" in proposals:
             metrics["policy_proposal_weight"] = shares[0].mean()
         return linear_velocity(noisy_actions, mean_action, t), metrics
+
+    def _gaussian_proposals(
+        self, noisy_actions: th.Tensor, action: th.Tensor, t: th.Tensor, uniform: th.Tensor
+    ) -> tuple[th.Tensor, th.Tensor | float]:
+        """
+        Proposals around where a_t points to and, to find the mode that it was made from, around that action itself.
+
+        :param noisy_actions: a_t, shape (B, d)
+        :param action: The action that it was made from, shape (B, d)
+        :param t: Time in (0, 1), shape (B, 1)
+        :param uniform: Draws behind the proposals, shape (B, K2 + K3, d)
+        :return: Actions, shape (B, K2 + K3, d); their log-weights but for Q / alpha, shape (B, K2 + K3), or 0 if there are no
+            local proposals
+        """
+        gaussian = (noisy_actions, *linear_path(t))
+        if self.n_local_samples == 0:
+            return boltzmann.gaussian_proposal(*gaussian, uniform), 0.0
+        counts = [self.n_gaussian_samples, self.n_local_samples]
+        centres = [gaussian, (action, th.ones_like(t), th.full_like(t, LOCAL_STD))]
+        draws = zip(centres, uniform.split(counts, dim=1), strict=True)
+        actions = th.cat([boltzmann.gaussian_proposal(*centre, part) for centre, part in draws], dim=1)
+        log_probs = [boltzmann.gaussian_log_prob(actions, *centre) for centre in centres]
+        return actions, boltzmann.mixture_log_weights(log_probs, counts)
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, _ = super()._get_torch_save_params()

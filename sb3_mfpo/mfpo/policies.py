@@ -14,7 +14,7 @@ from torch import nn
 
 from sb3_mfpo.checks import check_choice
 from sb3_mfpo.maths.divergence import exact_divergence
-from sb3_mfpo.maths.mean_flow import few_step_sample
+from sb3_mfpo.maths.mean_flow import few_step_sample, sampling_grid
 from sb3_mfpo.nets.flow import MeanFlowActor, MeanFlowMLP, embed_grid
 from sb3_mfpo.nets.layers import in_chunks
 from sb3_mfpo.training.mean_flow_policy import MeanFlowPolicy
@@ -158,11 +158,11 @@ class MFPOPolicy(MeanFlowPolicy):
 
         :param features: The actor's state features, shape (B, ..., features_dim), broadcast against ``noise``
         :param noise: Standard-normal noise, shape (B, ..., d)
-        :param n_steps: Number of steps
+        :param n_steps: Number of steps, between which time is spaced as for ``sample``
         :return: Actions clipped to [-1, 1], shape (B, ..., d); log-density in nats before the clip, shape (B, ...); the latter
             without gradient
         """
-        times = th.linspace(1, 0, n_steps + 1, device=noise.device)
+        times = sampling_grid(n_steps, self.actor.sampling_power).to(noise.device)
         instants = self.actor.network.embed(times[:-1, None], th.zeros_like(times[:-1, None])).split(1)
         exact = InstantaneousDivergence(self.actor)
         actions, log_prob = few_step_sample(

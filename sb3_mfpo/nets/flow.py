@@ -19,7 +19,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 from torch.nn import functional as F
 
-from sb3_mfpo.maths.mean_flow import few_step_sample
+from sb3_mfpo.maths.mean_flow import few_step_sample, sampling_grid
 from sb3_mfpo.nets.actor import GenerativeActor
 from sb3_mfpo.nets.layers import BroadcastLinear, MultiInputMLP, TanhGELU, in_chunks
 
@@ -121,6 +121,49 @@ class IntervalEmbedding(nn.Module):
         return output.sum(dim=0).view(*t.shape[:-1], -1), jvp_of_time
 
 
+class ActionFeatures(nn.Module):
+    """
+    A noisy action beside its random Fourier features, cosines and sines of ``2 pi frequency . action``. An MLP learns smooth
+    functions of its inputs first; a flow towards several modes is a saw, which these make smooth ("Fourier Features Let
+    Networks Learn High Frequency Functions in Low Dimensional Domains", https://arxiv.org/abs/2006.10739).
+
+    :param action_dim: Number of action coordinates d
+    :param fourier_dim: Number of features, cosines and sines together (even)
+    :param std: Standard deviation of the frequencies over all coordinates together, in turns per unit of action; in each it
+        is ``std / sqrt(d)``
+    """
+
+    frequencies: th.Tensor
+    phases: th.Tensor
+
+    def __init__(self, action_dim: int, fourier_dim: int, std: float):
+        super().__init__()
+        frequencies = 2 * math.pi * std / math.sqrt(action_dim) * th.randn(fourier_dim // 2, action_dim)
+        # A cosine is a sine a quarter of a turn later
+        self.register_buffer("frequencies", frequencies.repeat(2, 1))
+        self.register_buffer("phases", th.tensor([math.pi / 2, 0.0]).repeat_interleave(fourier_dim // 2), persistent=False)
+
+    def forward(self, actions: th.Tensor) -> th.Tensor:
+        """
+        :param actions: shape (..., d)
+        :return: The action, then its features in [-1, 1], shape (..., d + fourier_dim)
+        """
+        return th.cat([actions, F.linear(actions, self.frequencies, self.phases).sin()], dim=-1)
+
+    def linearize(self, actions: th.Tensor) -> tuple[th.Tensor, JVP]:
+        """
+        :param actions: shape (B, ..., d)
+        :return: What ``forward`` returns; the function that carries a tangent of the action, without gradient
+        """
+        angles = F.linear(actions, self.frequencies, self.phases)
+        slopes = angles.detach().cos()
+
+        def jvp(tangent: th.Tensor, rows: Any) -> th.Tensor:
+            return th.cat([tangent, slopes[rows] * F.linear(tangent, self.frequencies)], dim=-1)
+
+        return th.cat([actions, angles.sin()], dim=-1), jvp
+
+
 class MeanFlowMLP(MultiInputMLP):
     """
     Network of a state, a noisy action and a time interval [r, t]: the mean-flow actor and the average divergence network.
@@ -133,6 +176,8 @@ class MeanFlowMLP(MultiInputMLP):
     :param layer_norm: Whether to use LayerNorm in the hidden layers
     :param time_fourier_dim: Number of Fourier features of each of t and t - r
     :param time_embedding_dim: Size of the interval's embedding
+    :param action_fourier_dim: Number of Fourier features of the noisy action, see ``ActionFeatures``; 0 leaves it alone
+    :param action_fourier_std: Standard deviation of their frequencies
     :param instantaneous: Ignore the interval's length and return the value at t, as in flow matching (an ablation)
     """
 
@@ -146,10 +191,19 @@ class MeanFlowMLP(MultiInputMLP):
         layer_norm: bool,
         time_fourier_dim: int,
         time_embedding_dim: int,
+        action_fourier_dim: int,
+        action_fourier_std: float,
         instantaneous: bool,
     ):
+        input_dims = [action_dim + action_fourier_dim, features_dim, time_embedding_dim]
         # The bias goes with the state's features
-        super().__init__([action_dim, features_dim, time_embedding_dim], 1, output_dim, net_arch, activation_fn, layer_norm)
+        super().__init__(input_dims, 1, output_dim, net_arch, activation_fn, layer_norm)
+        self.lift: ActionFeatures | None = None
+        if action_fourier_dim > 0:
+            self.lift = ActionFeatures(action_dim, action_fourier_dim, action_fourier_std)
+            # A policy starts smooth: random functions of the features would be noise that it has to unlearn
+            with th.no_grad():
+                self.input_layer.weight[:, action_dim : action_dim + action_fourier_dim] = 0
         self.embed = IntervalEmbedding(time_fourier_dim, time_embedding_dim, activation_fn, instantaneous)
 
     def forward(  # type: ignore[override]
@@ -165,7 +219,15 @@ class MeanFlowMLP(MultiInputMLP):
         :return: Average over the interval, shape (..., output_dim)
         """
         # Within `autocast` layers return fewer digits
-        return super().forward(noisy_actions, features, interval).to(noisy_actions.dtype)
+        return super().forward(self._lifted(noisy_actions), features, interval).to(noisy_actions.dtype)
+
+    def hidden_activations(  # type: ignore[override]
+        self, noisy_actions: th.Tensor, *inputs: th.Tensor
+    ) -> list[th.Tensor]:
+        return super().hidden_activations(self._lifted(noisy_actions), *inputs)
+
+    def _lifted(self, noisy_actions: th.Tensor) -> th.Tensor:
+        return noisy_actions if self.lift is None else self.lift(noisy_actions)
 
     def linearize(
         self, features: th.Tensor, noisy_actions: th.Tensor, t: th.Tensor, h: th.Tensor
@@ -182,12 +244,14 @@ class MeanFlowMLP(MultiInputMLP):
         if not is_bare(self):
             return self._linearize_calls(features, noisy_actions, t, h)
         interval, jvp_of_interval = self.embed.linearize(t, h)
-        output, jvp_of_hidden = linearize_layers(self.body, self.input_layer(noisy_actions, features, interval))
+        lifted, jvp_of_lift = (noisy_actions, None) if self.lift is None else self.lift.linearize(noisy_actions)
+        output, jvp_of_hidden = linearize_layers(self.body, self.input_layer(lifted, features, interval))
         action_weight, _, interval_weight = self.input_layer.weight.split(self.input_layer.input_dims, dim=1)
 
         @th.no_grad()
         def jvp(action_tangent: th.Tensor, time_tangent: th.Tensor | None = None, rows: slice = ALL_ROWS) -> th.Tensor:
-            tangent = F.linear(action_tangent, action_weight)
+            lifted_tangent = action_tangent if jvp_of_lift is None else jvp_of_lift(action_tangent, rows)
+            tangent = F.linear(lifted_tangent, action_weight)
             if time_tangent is not None:
                 tangent = tangent + F.linear(jvp_of_interval(time_tangent, rows), interval_weight)
             return jvp_of_hidden(tangent, rows)
@@ -223,7 +287,8 @@ def is_bare(network: nn.Module) -> bool:
     :param network: Any module
     :return: Whether none of its modules has hooks, parametrizations or a ``forward`` of its own, and nothing is cast
     """
-    formulas = {kind: kind.forward for kind in (MeanFlowMLP, IntervalEmbedding, PairLinear, BroadcastLinear, nn.Sequential)}
+    kinds = (MeanFlowMLP, ActionFeatures, IntervalEmbedding, PairLinear, BroadcastLinear, nn.Sequential)
+    formulas = {kind: kind.forward for kind in kinds}
     for module in network.modules():
         hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
         if hooks or "forward" in module.__dict__ or "parametrizations" in module._modules:
@@ -323,7 +388,10 @@ class MeanFlowActor(GenerativeActor):
     :param layer_norm: Whether to use LayerNorm in the hidden layers
     :param time_fourier_dim: Number of Fourier features of each of t and t - r
     :param time_embedding_dim: Size of their embeddings, which are added
+    :param action_fourier_dim: Number of Fourier features of the noisy action; 0 leaves it alone
+    :param action_fourier_std: Standard deviation of their frequencies, in turns per unit of action
     :param sampling_steps: Number of steps T from noise to action
+    :param sampling_power: Where they end, see :func:`sb3_mfpo.maths.mean_flow.sampling_grid`
     :param instantaneous: Ignore the interval's length and return the velocity at t, as in flow matching (an ablation)
     :param normalize_images: Whether to divide images by 255
     """
@@ -340,7 +408,10 @@ class MeanFlowActor(GenerativeActor):
         layer_norm: bool,
         time_fourier_dim: int,
         time_embedding_dim: int,
+        action_fourier_dim: int,
+        action_fourier_std: float,
         sampling_steps: int,
+        sampling_power: float,
         instantaneous: bool,
         normalize_images: bool = True,
     ):
@@ -351,15 +422,19 @@ class MeanFlowActor(GenerativeActor):
             layer_norm=layer_norm,
             time_fourier_dim=time_fourier_dim,
             time_embedding_dim=time_embedding_dim,
+            action_fourier_dim=action_fourier_dim,
+            action_fourier_std=action_fourier_std,
             instantaneous=instantaneous,
         )
         action_dim = get_action_dim(action_space)
         self.network = MeanFlowMLP(features_extractor.features_dim, action_dim, action_dim, **self.network_arguments)
+        self.sampling_power = sampling_power
         # A buffer, so that a checkpoint restores how the actor acts whatever it was constructed with
-        self.register_buffer("sampling_times", th.linspace(1, 0, sampling_steps + 1))
+        self.register_buffer("sampling_times", sampling_grid(sampling_steps, sampling_power))
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        return super()._get_constructor_parameters() | self.network_arguments | dict(sampling_steps=self.sampling_steps)
+        own = dict(sampling_steps=self.sampling_steps, sampling_power=self.sampling_power)
+        return super()._get_constructor_parameters() | self.network_arguments | own
 
     @property
     def sampling_steps(self) -> int:
@@ -368,7 +443,7 @@ class MeanFlowActor(GenerativeActor):
 
     @sampling_steps.setter
     def sampling_steps(self, value: int) -> None:
-        self.sampling_times = th.linspace(1, 0, value + 1, device=self.sampling_times.device)
+        self.sampling_times = sampling_grid(value, self.sampling_power).to(self.sampling_times.device)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # The number of steps is a setting: take that of the checkpoint
@@ -377,15 +452,25 @@ class MeanFlowActor(GenerativeActor):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def act(self, features: th.Tensor, noise: th.Tensor) -> th.Tensor:
+        return self.flow(features, noise).clamp(-1, 1)
+
+    def flow(self, features: th.Tensor, noise: th.Tensor) -> th.Tensor:
+        """
+        Carry noise to actions, without clipping them to the bounds.
+
+        :param features: State features, shape (B, ..., features_dim), broadcast against ``noise``
+        :param noise: Standard-normal noise, shape (B, ..., d)
+        :return: Actions, shape (B, ..., d)
+        """
         intervals = embed_grid(self.network, self.sampling_times)
 
-        def flow(features: th.Tensor, noise: th.Tensor) -> th.Tensor:
+        def sample(features: th.Tensor, noise: th.Tensor) -> th.Tensor:
             def velocity(noisy_actions: th.Tensor, k: int) -> th.Tensor:
                 return self.network(features, noisy_actions, intervals[k])
 
-            return few_step_sample(velocity, noise, self.sampling_times)[0].clamp(-1, 1)
+            return few_step_sample(velocity, noise, self.sampling_times)[0]
 
-        return in_chunks(flow, features, noise)
+        return in_chunks(sample, features, noise)
 
     def linearize(
         self, features: th.Tensor, noisy_actions: th.Tensor, t: th.Tensor, h: th.Tensor

@@ -25,7 +25,6 @@ PATHS = {
     "vp": (paths.variance_preserving_path, paths.variance_preserving_velocity),
 }
 SCORE_ESTIMATORS = ("posterior_mean", "gradient")
-TIME_DISTRIBUTIONS = ("logit_normal", "uniform")
 
 
 class GradientStepDraws(NamedTuple):
@@ -33,8 +32,8 @@ class GradientStepDraws(NamedTuple):
     All randomness of one gradient step.
 
     ``next_noise`` and ``policy_noise``: start the next actions and those on whose paths the flow is learned, standard normal,
-    shape (B, d); ``proposals``: of the score's estimate, in [0, 1) for the posterior mean, else standard normal, shape
-    (B, K, d).
+    shape (B, d); ``proposals``: of the score's estimate, in [0, 1) and stratified for the posterior mean, else standard
+    normal, shape (B, K, d).
     """
 
     next_noise: th.Tensor
@@ -100,8 +99,10 @@ class SOM(MeanFlowAlgorithm):
     :param score_norm: Length w that all scores are normalised to, as stated in the paper; None leaves them as they are
     :param path: Path from actions to noise, "linear" or "vp" (variance-preserving, as stated in the paper)
     :param adaptive_loss: Whether to weight each state's squared error by 1 / (its sum + 0.001), as stated in the paper
+    :param intervals: Time intervals that the flow is trained on: "any", as in the paper, or those of the sampler's steps
+        ("grid"), as in MFPO
     :param equal_time_share: Share in [0, 1] of a batch with r = t, that is of plain flow matching
-    :param time_distribution: "uniform" (r below t), or "logit_normal" as in MFPO
+    :param uniform_time_share: Share in [0, 1] of times that are uniform; the others are logit-normal
     :param time_mean: Mean of the normal distribution inside the logit-normal distribution of times
     :param time_std: Its standard deviation
     :param critic_reduction: "min" or "mean" over the critics, in targets, score estimates and choice of action
@@ -154,8 +155,9 @@ class SOM(MeanFlowAlgorithm):
         score_norm: float | None = None,
         path: str = "linear",
         adaptive_loss: bool = False,
+        intervals: str = "any",
         equal_time_share: float = 0.25,
-        time_distribution: str = "uniform",
+        uniform_time_share: float = 1.0,
         time_mean: float = -0.4,
         time_std: float = 1.0,
         critic_reduction: str = "min",
@@ -185,7 +187,9 @@ class SOM(MeanFlowAlgorithm):
             verbose=verbose,
             seed=seed,
             device=device,
+            intervals=intervals,
             equal_time_share=equal_time_share,
+            uniform_time_share=uniform_time_share,
             time_mean=time_mean,
             time_std=time_std,
             critic_reduction=critic_reduction,
@@ -200,7 +204,6 @@ class SOM(MeanFlowAlgorithm):
         self.score_norm = score_norm
         self.path = path
         self.adaptive_loss = adaptive_loss
-        self.time_distribution = time_distribution
 
         if _init_setup_model:
             self._setup_model()
@@ -213,24 +216,18 @@ class SOM(MeanFlowAlgorithm):
         if self.score_norm is not None:
             check_range("score_norm", self.score_norm, above=0)
         check_choice("path", self.path, tuple(PATHS))
-        check_choice("time_distribution", self.time_distribution, TIME_DISTRIBUTIONS)
         for name in ("normalize_q", "adaptive_loss"):
             check_choice(name, getattr(self, name), (True, False))
 
     def _draw(self, batch_size: int) -> GradientStepDraws:
         d = get_action_dim(self.action_space)
-        draw_proposals = th.rand if self.score_estimator == "posterior_mean" else th.randn
+        draw_proposals = self._stratified if self.score_estimator == "posterior_mean" else self._normal
         return GradientStepDraws(
             next_noise=self._normal(batch_size, d),
             policy_noise=self._normal(batch_size, d),
-            proposals=draw_proposals(batch_size, self.n_samples, d, device=self.device),
+            proposals=draw_proposals(batch_size, self.n_samples, d),
             actor=self._draw_regression(batch_size, self.policy.actor_type),
         )
-
-    def _draw_times(self, batch_size: int, n_equal: int) -> tuple[th.Tensor, th.Tensor]:
-        if self.time_distribution == "logit_normal":
-            return super()._draw_times(batch_size, n_equal)
-        return mean_flow.uniform_times(th.rand(batch_size, 2, device=self.device), n_equal)
 
     def _update(
         self, batch: ReplayBufferSamples, draws: GradientStepDraws, update_target: bool = True, improve_policy: bool = True

@@ -7,11 +7,14 @@ from typing import Any, NamedTuple
 import torch as th
 from stable_baselines3.common.preprocessing import get_action_dim
 
-from sb3_mfpo.checks import check_range
-from sb3_mfpo.maths.mean_flow import logit_normal_times, mean_flow_target
+from sb3_mfpo.checks import check_choice, check_range
+from sb3_mfpo.maths.boltzmann import latin_hypercube
+from sb3_mfpo.maths.mean_flow import logit_normal_times, mean_flow_target, start_on_grid, uniform_times
 from sb3_mfpo.nets.flow import MeanFlowActor, MeanFlowMLP
 from sb3_mfpo.training.actor_critic import ActorCriticAlgorithm
 from sb3_mfpo.training.mean_flow_policy import MeanFlowPolicy
+
+INTERVALS = ("grid", "any")
 
 
 class MeanFlowDraws(NamedTuple):
@@ -33,7 +36,9 @@ class MeanFlowAlgorithm(ActorCriticAlgorithm):
     Off-policy actor-critic with a mean-flow policy.
 
     :param args: Those of ``ActorCriticAlgorithm``
+    :param intervals: "grid" (r is the end of the sampler's step through t) or "any" (r is drawn)
     :param equal_time_share: Share in [0, 1] of a batch with r = t, that is of plain flow matching
+    :param uniform_time_share: Share in [0, 1] of times that are uniform; the others are logit-normal
     :param time_mean: Mean of the normal distribution inside the logit-normal distribution of times
     :param time_std: Its standard deviation
     :param kwargs: Those of ``ActorCriticAlgorithm``
@@ -42,20 +47,43 @@ class MeanFlowAlgorithm(ActorCriticAlgorithm):
 
     policy: MeanFlowPolicy
 
-    def __init__(self, *args: Any, equal_time_share: float, time_mean: float, time_std: float, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        intervals: str,
+        equal_time_share: float,
+        uniform_time_share: float,
+        time_mean: float,
+        time_std: float,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
+        self.intervals = intervals
         self.equal_time_share = equal_time_share
+        self.uniform_time_share = uniform_time_share
         self.time_mean = time_mean
         self.time_std = time_std
 
     def _check_arguments(self) -> None:
         super()._check_arguments()
-        check_range("equal_time_share", self.equal_time_share, 0, 1)
+        check_choice("intervals", self.intervals, INTERVALS)
+        for name in ("equal_time_share", "uniform_time_share"):
+            check_range(name, getattr(self, name), 0, 1)
         check_range("time_mean", self.time_mean)
         check_range("time_std", self.time_std, low=0)
 
     def _normal(self, *shape: int) -> th.Tensor:
         return th.randn(*shape, device=self.device)
+
+    def _stratified(self, batch_size: int, n: int, d: int) -> th.Tensor:
+        """
+        :param batch_size: Minibatch size B
+        :param n: Number K of draws per state
+        :param d: Number of action coordinates
+        :return: Draws from [0, 1), stratified over K, shape (B, K, d)
+        """
+        order = th.rand(n, d, device=self.device).argsort(dim=0)
+        return latin_hypercube(th.rand(batch_size, n, d, device=self.device), order)
 
     def _draw_regression(self, batch_size: int, network_type: str) -> MeanFlowDraws:
         """
@@ -71,9 +99,15 @@ class MeanFlowAlgorithm(ActorCriticAlgorithm):
         """
         :param batch_size: Minibatch size B
         :param n_equal: Number of leading rows with r = t
-        :return: Logit-normal t and r in (0, 1), r <= t, each of shape (B, 1)
+        :return: t and r in [0, 1), r <= t, each of shape (B, 1)
         """
-        return logit_normal_times(self._normal(batch_size, 2), self.time_mean, self.time_std, n_equal)
+        uniform = th.rand(batch_size, 3, device=self.device)
+        pairs = logit_normal_times(self._normal(batch_size, 2), self.time_mean, self.time_std, n_equal)
+        chosen = uniform[:, 2:] < self.uniform_time_share
+        t, r = (th.where(chosen, *times) for times in zip(uniform_times(uniform[:, :2], n_equal), pairs, strict=True))
+        if self.intervals == "grid":
+            r = th.cat([t[:n_equal], start_on_grid(t[n_equal:], self.actor.sampling_times)])
+        return t, r
 
     @staticmethod
     def _regression_errors(

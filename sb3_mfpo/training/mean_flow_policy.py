@@ -9,12 +9,12 @@ from gymnasium import spaces
 from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
-from sb3_mfpo.checks import check_integer
+from sb3_mfpo.checks import check_integer, check_range
 from sb3_mfpo.nets.flow import MeanFlowActor
 from sb3_mfpo.nets.layers import TanhGELU
 from sb3_mfpo.training.policy import GenerativePolicy
 
-MINIMA = {"sampling_steps": 1, "time_fourier_dim": 2, "time_embedding_dim": 1}
+MINIMA = {"sampling_steps": 1, "time_fourier_dim": 2, "time_embedding_dim": 1, "action_fourier_dim": 0}
 
 
 class MeanFlowPolicy(GenerativePolicy):
@@ -29,7 +29,12 @@ class MeanFlowPolicy(GenerativePolicy):
     :param layer_norm: Whether to use LayerNorm in all hidden layers
     :param time_fourier_dim: Number of learned Fourier features of each time (even)
     :param time_embedding_dim: Size of a time's embedding
+    :param action_fourier_dim: Number of fixed random Fourier features of the noisy action (even); 0 leaves it alone
+    :param action_fourier_std: Standard deviation of their frequencies over all coordinates together, in turns per unit of
+        action
     :param sampling_steps: Number of steps T from noise to action; an algorithm's policy has its own default
+    :param sampling_power: The steps end at ``(k / T) ** sampling_power`` for k from T - 1 down to 0; 1 makes them equally
+        long, a higher one makes the last ones shorter
     :param kwargs: Further arguments of :class:`sb3_mfpo.training.policy.GenerativePolicy`
     :raises ValueError: If an argument is out of range; the message names it
     """
@@ -49,15 +54,26 @@ class MeanFlowPolicy(GenerativePolicy):
         time_fourier_dim: int = 128,
         time_embedding_dim: int = 64,
         *,
+        action_fourier_dim: int = 32,
+        action_fourier_std: float = 0.5,
         sampling_steps: int,
+        sampling_power: float = 2.0,
         **kwargs: Any,
     ):
         self.check_arguments(
-            sampling_steps=sampling_steps, time_fourier_dim=time_fourier_dim, time_embedding_dim=time_embedding_dim
+            sampling_steps=sampling_steps,
+            sampling_power=sampling_power,
+            time_fourier_dim=time_fourier_dim,
+            time_embedding_dim=time_embedding_dim,
+            action_fourier_dim=action_fourier_dim,
+            action_fourier_std=action_fourier_std,
         )
         super().__init__(observation_space, action_space, net_arch, activation_fn, layer_norm, **kwargs)
         self.time_fourier_dim = time_fourier_dim
         self.time_embedding_dim = time_embedding_dim
+        self.action_fourier_dim = action_fourier_dim
+        self.action_fourier_std = action_fourier_std
+        self.sampling_power = sampling_power
         self.initial_sampling_steps = sampling_steps
 
     @classmethod
@@ -66,8 +82,12 @@ class MeanFlowPolicy(GenerativePolicy):
         for name, minimum in MINIMA.items():
             if name in kwargs:
                 check_integer(name, kwargs[name], minimum)
-        if kwargs.get("time_fourier_dim", 0) % 2 == 1:
-            raise ValueError(f"`time_fourier_dim` must be even (cosines and sines), not {kwargs['time_fourier_dim']}.")
+        for name in ("time_fourier_dim", "action_fourier_dim"):
+            if kwargs.get(name, 0) % 2 == 1:
+                raise ValueError(f"`{name}` must be even (cosines and sines), not {kwargs[name]}.")
+        for name in ("action_fourier_std", "sampling_power"):
+            if name in kwargs:
+                check_range(name, kwargs[name], above=0)
 
     @property
     def sampling_steps(self) -> int:
@@ -90,6 +110,8 @@ class MeanFlowPolicy(GenerativePolicy):
             layer_norm=self.layer_norm,
             time_fourier_dim=self.time_fourier_dim,
             time_embedding_dim=self.time_embedding_dim,
+            action_fourier_dim=self.action_fourier_dim,
+            action_fourier_std=self.action_fourier_std,
         )
 
     def make_actor(self, net_arch: Sequence[int]) -> MeanFlowActor:
@@ -99,6 +121,7 @@ class MeanFlowPolicy(GenerativePolicy):
             self.make_features_extractor(),
             **self.network_arguments(net_arch),
             sampling_steps=self.initial_sampling_steps,
+            sampling_power=self.sampling_power,
             instantaneous=self.actor_type == "flow_matching",
             normalize_images=self.normalize_images,
         )
@@ -109,6 +132,9 @@ class MeanFlowPolicy(GenerativePolicy):
             lr_schedule=self._dummy_schedule,  # not needed for loading the policy alone
             time_fourier_dim=self.time_fourier_dim,
             time_embedding_dim=self.time_embedding_dim,
+            action_fourier_dim=self.action_fourier_dim,
+            action_fourier_std=self.action_fourier_std,
             sampling_steps=self.sampling_steps,
+            sampling_power=self.sampling_power,
         )
         return data

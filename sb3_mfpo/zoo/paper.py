@@ -1,6 +1,6 @@
 """
-The settings of MFPO's paper, in rl_zoo3's format. What is not given is MFPO's default, which is the paper's: values in ±1600
-that start uniform. (In the zoo's own hyperparameters the range fits the task, or the values start narrow.)
+The settings of MFPO's paper, in rl_zoo3's format: ``MFPO.PAPER``, and MFPO's default values in ±1600 that start uniform. (In
+the zoo's own hyperparameters the range fits the task, or the values start narrow.)
 
     python -m sb3_mfpo.zoo train --algo mfpo --env HalfCheetah-v5 --conf-file sb3_mfpo.zoo.paper
 """
@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-_COMMON: dict[str, Any] = dict(n_timesteps=1e6, policy="MlpPolicy", learning_starts=10_000)
+from sb3_mfpo import MFPO
+
+_COMMON: dict[str, Any] = dict(MFPO.PAPER, n_timesteps=1e6, policy="MlpPolicy", learning_starts=10_000)
 hyperparams: dict[str, dict[str, Any]] = {
     "default": _COMMON,
     # The authors' choice; the other tasks take the minimum

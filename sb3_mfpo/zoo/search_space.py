@@ -20,8 +20,8 @@ def sample_mfpo_params(trial: optuna.Trial, n_actions: int, n_envs: int, additio
     own = {
         # Minus the target entropy per action coordinate, in nats
         "rho": trial.suggest_float("rho", 0.0, 1.0),
-        "n_policy_samples": trial.suggest_categorical("n_policy_samples", [4, 8, 16]),
-        "n_gaussian_samples": trial.suggest_categorical("n_gaussian_samples", [8, 16, 32]),
+        "n_gaussian_samples": trial.suggest_categorical("n_gaussian_samples", [12, 24, 36]),
+        "n_local_samples": trial.suggest_categorical("n_local_samples", [0, 4, 12]),
         "sampling_steps": trial.suggest_int("sampling_steps", 1, 4),
     }
     return convert_mfpo_params(_sample_shared(trial) | own)
