@@ -37,7 +37,7 @@ ESTIMATORS = {
     "balance": (4, 8, 0),  # one estimate, each action weighed by both proposals together
     "gaussian": (0, 12, 0),
     "stratified": (0, 12, 0),
-    "local": (0, 9, 3),  # stratified, weighed by both proposals together
+    "local": (0, 6, 6),  # stratified, one around each of several actions, weighed by all proposals together (the defaults)
 }
 # Middles of the cells that [-1, 1] is cut into
 CELLS = 2000
@@ -149,13 +149,16 @@ def estimate(
     counts = n_policy, n_gaussian, n_local = ESTIMATORS[name]
     first, time = own.reshape(r * p, d), own.new_full((r * p, 1), t)
     gaussian = (noisy.repeat(r, 1), *linear_path(time))
-    local = (first, th.ones_like(time), th.full_like(time, LOCAL_STD))
     # Actions of each proposal
-    fresh = sample(policy.softmax(0), uniforms(r, p, n_policy, d, False, rng).flatten()).view(r * p, n_policy, d)
-    of_policy = th.cat([first.unsqueeze(1), fresh[:, 1:]], dim=1) if n_policy else fresh
+    n = n_policy + n_local
+    fresh = sample(policy.softmax(0), uniforms(r, p, n, d, False, rng).flatten()).view(r * p, n, d)
+    of_policy = th.cat([first.unsqueeze(1), fresh[:, 1:]], dim=1) if n else fresh
     of_gaussian = boltzmann.gaussian_proposal(*gaussian, uniforms(r, p, n_gaussian, d, stratified, rng))
-    of_local = boltzmann.gaussian_proposal(*local, uniforms(r, p, n_local, d, stratified, rng))
-    actions = th.cat([of_policy, of_gaussian, of_local], dim=1)
+    actions = th.cat([of_policy[:, :n_policy], of_gaussian], dim=1)
+    if name == "local":
+        local = (of_policy, own.new_ones(1, 1), own.new_full((1, 1), LOCAL_STD))
+        uniform = uniforms(r, p, n_local, d, stratified, rng)
+        actions = th.cat([of_gaussian, boltzmann.gaussian_proposal(*local, uniform.unsqueeze(2)).squeeze(2)], dim=1)
     q = log_prob(target, actions)
     if name == "mixed":
         log_weights = boltzmann.policy_log_weights(
@@ -168,9 +171,11 @@ def estimate(
     if name == "pooled":
         q[:, :n_policy] += density[:, :n_policy] - log_prob(policy, of_policy)
     elif name == "balance":
-        q = q + boltzmann.mixture_log_weights([density, log_prob(policy, actions)], [n_gaussian, n_policy])
+        log_probs = th.stack([density, log_prob(policy, actions)], dim=1)
+        q = q + boltzmann.mixture_log_weights(log_probs, density.new_tensor(counts[1::-1]))
     elif name == "local":
-        q = q + boltzmann.mixture_log_weights([density, boltzmann.gaussian_log_prob(actions, *local)], counts[1:])
+        log_probs = th.cat([density.unsqueeze(1), boltzmann.gaussian_log_prob(actions.unsqueeze(1), *local)], dim=1)
+        q = q + boltzmann.mixture_log_weights(log_probs, density.new_tensor([n_gaussian, *[1] * n_local]))
     return boltzmann.snis_mean(q.softmax(1), actions)[0].view(r, p, d)
 
 

@@ -27,7 +27,7 @@ SMALL_POLICY: dict[str, Any] = dict(
 )
 COMMON: dict[str, Any] = dict(learning_starts=10, buffer_size=500, batch_size=8, device="cpu")
 SMALL: dict[Algorithm, dict[str, Any]] = {
-    MFPO: dict(COMMON, n_policy_samples=3, n_gaussian_samples=4, n_local_samples=2, n_entropy_samples=5),
+    MFPO: dict(COMMON, n_policy_samples=3, n_gaussian_samples=4, n_local_samples=2),
     SOM: dict(COMMON, n_samples=5),
 }
 

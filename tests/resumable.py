@@ -36,7 +36,6 @@ SMALL: dict[str, Any] = dict(
     buffer_size=5000,
     n_gaussian_samples=2,
     n_local_samples=2,
-    n_entropy_samples=2,
     policy_kwargs=dict(
         net_arch=[8], time_fourier_dim=4, time_embedding_dim=4, action_fourier_dim=4, n_atoms=5, v_min=-300, v_max=300
     ),

@@ -164,16 +164,16 @@ def test_density_of_the_proposal_is_that_of_scipy(t: float) -> None:
 
 
 def test_without_other_proposals_the_gaussians_weights_are_equal() -> None:
-    weights = boltzmann.mixture_log_weights([100 * th.randn(4, 7)], [7]).softmax(dim=1)
+    weights = boltzmann.mixture_log_weights(100 * th.randn(4, 1, 7), th.tensor([7.0])).softmax(dim=1)
     assert th.allclose(weights, th.full((4, 7), 1 / 7), atol=1e-5)
 
 
 @pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
-@pytest.mark.parametrize("centre", [-0.6, 0.6, 1.0])
-def test_gaussian_and_local_proposals_find_the_mean_action_between_modes(t: float, centre: float) -> None:
+@pytest.mark.parametrize("centres", [[-0.6], [0.6], [1.0], [-0.6, 0.5], [0.1, 0.1, -1.0]])
+def test_gaussian_and_local_proposals_find_the_mean_action_between_modes(t: float, centres: list[float]) -> None:
     """
-    Two modes of different weight, against quadrature: wherever the local proposal stands, at one of them or at none, and
-    whichever share of the actions is its own.
+    Two modes of different weight, against quadrature: wherever the local proposals stand, at one of them, at both or at none,
+    and whichever share of the actions is theirs.
     """
     generator = th.Generator().manual_seed(0)
     k, std, noisy, time = 100_000, 0.1, th.tensor([[0.05]]), th.tensor([[t]])
@@ -187,15 +187,20 @@ def test_gaussian_and_local_proposals_find_the_mean_action_between_modes(t: floa
     expected = (posterior * grid.squeeze(-1)).sum().item()
 
     for share in (0.1, 0.5):
-        counts = [k - int(share * k), int(share * k)]
-        places = [(noisy, *linear_path(time)), (th.tensor([[centre]]), th.ones(1, 1), th.full((1, 1), std))]
-        actions = th.cat(
+        n_local = int(share * k / len(centres))
+        n_gaussian = k - n_local * len(centres)
+        gaussian = (noisy, *linear_path(time))
+        local = (th.tensor(centres).view(1, -1, 1), th.ones(1, 1), th.full((1, 1), std))
+        of_gaussian = boltzmann.gaussian_proposal(*gaussian, th.rand(1, n_gaussian, 1, generator=generator))
+        of_local = boltzmann.gaussian_proposal(*local, th.rand(1, len(centres), n_local, 1, generator=generator))
+        actions = th.cat([of_gaussian, of_local.flatten(1, 2)], dim=1)
+        log_probs = th.cat(
             [
-                boltzmann.gaussian_proposal(*place, th.rand(1, n, 1, generator=generator))
-                for place, n in zip(places, counts, strict=True)
+                boltzmann.gaussian_log_prob(actions, *gaussian).unsqueeze(1),
+                boltzmann.gaussian_log_prob(actions.unsqueeze(1), *local),
             ],
             dim=1,
         )
-        log_probs = [boltzmann.gaussian_log_prob(actions, *place) for place in places]
+        counts = th.tensor([n_gaussian] + [n_local] * len(centres), dtype=th.float32)
         weights = (q(actions) / 0.5 + boltzmann.mixture_log_weights(log_probs, counts)).softmax(dim=1)
         assert boltzmann.snis_mean(weights, actions)[0].item() == pytest.approx(expected, abs=0.01)

@@ -466,8 +466,8 @@ def whole_update(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
     draws = GradientStepDraws(
         next_noise=g["update/critic_noise"],
         policy_noise=g["update/policy_noise"],
+        local_noise=th.empty(0, 0, meta("act_dim")),
         uniform=uniform.clamp(0, 1),
-        entropy_noise=th.empty(0, 0, meta("act_dim")),
         actor=actor_draws,
         divergence=adn_draws,
         probes=g["update/probes"].transpose(0, 1),

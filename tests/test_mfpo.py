@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from sb3_mfpo import MFPO
 from sb3_mfpo.maths.mean_flow import few_step_sample
+from sb3_mfpo.mfpo.mfpo import LOCAL_STD
 from sb3_mfpo.nets.flow import embed_grid
 from tests.helpers import RandomEnv, make_model
 
@@ -23,7 +25,7 @@ def test_defaults() -> None:
     assert make_model(MFPO, target_entropy=0.7).target_entropy == 0.7
     assert model._temperature().item() == pytest.approx(0.01)
     assert (model.n_policy_samples, model.n_gaussian_samples, model.n_local_samples) == (0, 36, 12)
-    assert (model.n_probes, model.n_entropy_samples) == (2, 16)
+    assert (model.n_probes, model.ent_coef_rate) == (2, 3.0)
     assert (model.intervals, model.equal_time_share, model.uniform_time_share) == ("grid", 0.5, 0.5)
     assert (model.time_mean, model.time_std) == (-0.4, 1.0)
     assert (model.critic_reduction, model.policy_delay, model.target_update_interval) == ("min", 1, 1)
@@ -40,9 +42,9 @@ def test_defaults() -> None:
 
 def test_the_papers_settings() -> None:
     model = MFPO("MlpPolicy", RandomEnv(), buffer_size=10, device="cpu", **MFPO.PAPER)
-    # No other proposals, the entropy by the divergence network
+    # No other proposals, the entropy by the divergence network, one learning rate
     assert (model.n_policy_samples, model.n_gaussian_samples, model.n_local_samples) == (16, 32, 0)
-    assert (model.n_probes, model.n_entropy_samples) == (2, 0)
+    assert (model.n_probes, model.ent_coef_rate) == (2, 1.0)
     # Logit-normal pairs, a quarter of them with r < t
     assert (model.intervals, model.equal_time_share, model.uniform_time_share) == ("any", 0.75, 0.0)
     assert (model.time_mean, model.time_std) == (-0.4, 1.0)
@@ -51,6 +53,35 @@ def test_the_papers_settings() -> None:
     assert policy.actor.sampling_times.tolist() == [1, 0.5, 0]
     assert policy.actor.network.input_layer.weight.shape == (256, 2 + 3 + 64)
     assert policy.divergence.input_layer.weight.shape == (256, 2 + 3 + 64)
+
+
+def test_temperature_learns_at_its_own_rate() -> None:
+    """Whatever the learning rate's schedule says, as many times as much."""
+    model = make_model(MFPO, learning_rate=lambda remaining: 1e-3 * (1 + remaining), ent_coef_rate=4.0).learn(10)
+    for progress in (1.0, 0.5, 0.0):
+        model._current_progress_remaining = progress
+        model._update_learning_rate(model._optimizers())
+        rates = [group["lr"] for optimizer in model._optimizers() for group in optimizer.param_groups]
+        assert rates[-1] == pytest.approx(4e-3 * (1 + progress))
+        assert rates[:-1] == pytest.approx([1e-3 * (1 + progress)] * 3)
+    # Adam's first step is as long as its rate
+    model = make_model(MFPO, seed=0, learning_rate=1e-3, ent_coef_rate=4.0, ent_coef="auto_0.1").learn(11)
+    assert abs(math.log(model._temperature().item() / 0.1)) == pytest.approx(4e-3, rel=1e-3)
+
+
+def test_local_proposals_follow_the_policy_where_actions_have_many_coordinates() -> None:
+    """Each surrounds an action of its own, and all of them together are what the weights are made for."""
+    model = make_model(MFPO, seed=0, n_policy_samples=0, n_gaussian_samples=3, n_local_samples=4)
+    centres = 2 * th.rand(5, 4, 2) - 1
+    noisy, t = th.randn(5, 2), th.full((5, 1), 0.9)
+    actions, log_weights = model._gaussian_proposals(noisy, centres, t, th.rand(5, 7, 2))
+    assert actions.shape == (5, 7, 2)
+    assert isinstance(log_weights, th.Tensor) and log_weights.shape == (5, 7)
+    assert th.all((actions[:, 3:] - centres).abs() < 6 * LOCAL_STD)
+    # An action that several proposals could have made counts for less
+    crowded = model._gaussian_proposals(noisy, centres[:, :1].expand(-1, 4, -1), t, th.rand(5, 7, 2))[1]
+    assert isinstance(crowded, th.Tensor)
+    assert th.all(crowded[:, 3:].mean(1) < log_weights[:, 3:].mean(1))
 
 
 def test_action_log_prob_returns_actions_and_log_probabilities() -> None:

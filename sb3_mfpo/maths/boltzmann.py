@@ -55,13 +55,13 @@ def gaussian_proposal(noisy_actions: th.Tensor, mu: th.Tensor, sigma: th.Tensor,
     """
     Actions from N(a_t / mu_t, (sigma_t / mu_t)^2 I) truncated to [-1, 1]^d.
 
-    :param noisy_actions: a_t, shape (B, d)
-    :param mu: mu_t > 0, shape (B, 1)
-    :param sigma: sigma_t > 0, shape (B, 1)
-    :param uniform: Draws from [0, 1), K per state, shape (B, K, d)
-    :return: Actions in [-1, 1], shape (B, K, d)
+    :param noisy_actions: a_t, shape (..., d)
+    :param mu: mu_t > 0, shape (..., 1)
+    :param sigma: sigma_t > 0, shape (..., 1)
+    :param uniform: Draws from [0, 1), K per a_t, shape (..., K, d)
+    :return: Actions in [-1, 1], shape (..., K, d)
     """
-    noisy_actions, mu, sigma = noisy_actions.unsqueeze(1), mu.unsqueeze(1), sigma.unsqueeze(1)
+    noisy_actions, mu, sigma = noisy_actions.unsqueeze(-2), mu.unsqueeze(-2), sigma.unsqueeze(-2)
     noise = truncated_normal(uniform, *truncated_noise_bounds(noisy_actions, mu, sigma))
     # Rounding only: dividing by a small mu_t can carry an action past a bound by a few units in the last place
     return actions_from_noise(noisy_actions, noise, mu, sigma).clamp(-1, 1)
@@ -84,21 +84,21 @@ def gaussian_log_prob(actions: th.Tensor, noisy_actions: th.Tensor, mu: th.Tenso
     """
     Log-density of ``gaussian_proposal``.
 
-    :param actions: In [-1, 1], shape (B, K, d)
-    :param noisy_actions: a_t, shape (B, d)
-    :param mu: mu_t > 0, shape (B, 1)
-    :param sigma: sigma_t > 0, shape (B, 1)
-    :return: Log-density in nats, shape (B, K)
+    :param actions: In [-1, 1], shape (..., K, d)
+    :param noisy_actions: a_t, shape (..., d)
+    :param mu: mu_t > 0, shape (..., 1)
+    :param sigma: sigma_t > 0, shape (..., 1)
+    :return: Log-density in nats, shape (..., K)
     """
     lower, upper = (bound.double() for bound in truncated_noise_bounds(noisy_actions, mu, sigma))
     # Of the two tails, the one that keeps its precision
     mass = th.maximum(normal_cdf(upper) - normal_cdf(lower), normal_cdf(-lower) - normal_cdf(-upper))
     log_mass = mass.clamp_min(th.finfo(mass.dtype).tiny).log().sum(dim=-1, keepdim=True).to(actions.dtype)
-    noise = (noisy_actions.unsqueeze(1) - mu.unsqueeze(1) * actions) / sigma.unsqueeze(1)
+    noise = (noisy_actions.unsqueeze(-2) - mu.unsqueeze(-2) * actions) / sigma.unsqueeze(-2)
     return standard_normal_log_prob(noise) + actions.shape[-1] * (mu / sigma).log() - log_mass
 
 
-def mixture_log_weights(log_probs: Sequence[th.Tensor], counts: Sequence[int]) -> th.Tensor:
+def mixture_log_weights(log_probs: th.Tensor, counts: th.Tensor) -> th.Tensor:
     """
     Unnormalised log-weights, but for Q / alpha, of actions of which n_i were drawn from proposal i,
     log p_1 - log sum_i n_i p_i.
@@ -106,12 +106,11 @@ def mixture_log_weights(log_probs: Sequence[th.Tensor], counts: Sequence[int]) -
     all proposals together, so that none counts for much only because it was unlikely under its own ("Optimally Combining
     Sampling Techniques for Monte Carlo Rendering", Veach & Guibas 1995).
 
-    :param log_probs: Log-densities of all actions under each proposal, in nats, shape (B, K) each
-    :param counts: How many of the K actions come from each, above 0
+    :param log_probs: Log-densities of all K actions under each of P proposals, in nats, shape (B, P, K)
+    :param counts: How many of the K actions come from each, above 0, shape (P,)
     :return: shape (B, K)
     """
-    mixture = th.stack([log_prob + math.log(n) for log_prob, n in zip(log_probs, counts, strict=True)]).logsumexp(dim=0)
-    return log_probs[0] - mixture
+    return log_probs[:, 0] - (log_probs + counts.log().unsqueeze(1)).logsumexp(dim=1)
 
 
 def policy_log_weights(

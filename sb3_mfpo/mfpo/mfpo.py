@@ -12,8 +12,9 @@ from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, ReplayBufferSamples, Schedule
+from stable_baselines3.common.utils import update_learning_rate
 
-from sb3_mfpo.checks import check_integer
+from sb3_mfpo.checks import check_integer, check_range
 from sb3_mfpo.maths import boltzmann
 from sb3_mfpo.maths.categorical import reduce_values
 from sb3_mfpo.maths.divergence import hutchinson_divergence
@@ -30,10 +31,8 @@ from sb3_mfpo.mfpo.policies import (
 from sb3_mfpo.training.actor_critic import Metrics
 from sb3_mfpo.training.mean_flow import MeanFlowAlgorithm, MeanFlowDraws
 
-# Standard deviation, in scaled actions, of the proposals around an action of the policy: about that of a good mode
+# Standard deviation, in scaled actions, of a proposal around an action of the policy: about that of a good mode
 LOCAL_STD = 0.1
-# States that the entropy is estimated at: enough for the mean over a batch
-N_ENTROPY_STATES = 64
 
 
 class GradientStepDraws(NamedTuple):
@@ -41,15 +40,15 @@ class GradientStepDraws(NamedTuple):
     All randomness of one gradient step.
 
     ``next_noise``: starts the next actions, standard normal, shape (B, d); ``policy_noise``: starts the policy's proposals,
-    standard normal, shape (B, max(K1, 1), d); ``uniform``: of the Gaussian and the local proposals, in [0, 1), shape
-    (B, K2 + K3, d); ``entropy_noise``: starts the samples of which the entropy is estimated, standard normal, shape
-    (at most B, n, d); ``probes``: Hutchinson probes with identity covariance, shape (N, B, d).
+    standard normal, shape (B, max(K1, 1), d); ``local_noise``: starts the actions that local proposals surround, standard
+    normal, shape (B, K3, d); ``uniform``: of the Gaussian and the local proposals, in [0, 1), shape (B, K2 + K3, d);
+    ``probes``: Hutchinson probes with identity covariance, shape (N, B, d).
     """
 
     next_noise: th.Tensor
     policy_noise: th.Tensor
+    local_noise: th.Tensor
     uniform: th.Tensor
-    entropy_noise: th.Tensor
     actor: MeanFlowDraws
     divergence: MeanFlowDraws
     probes: th.Tensor
@@ -110,11 +109,11 @@ class MFPO(MeanFlowAlgorithm):
     :param n_policy_samples: Number K1 of actions per state that the policy proposes to the velocity estimate, as in the paper
     :param n_gaussian_samples: Number K2 of actions per state from the truncated Gaussian proposal; 0 leaves the policy's
         proposal alone
-    :param n_local_samples: Number K3 of actions per state near the action that a_t is made from, weighed together with the
-        Gaussian's
+    :param n_local_samples: Number K3 of actions per state that are near one of the policy's each, weighed together with the
+        Gaussian's. From the distances between these K3 actions of the policy the entropy is estimated that a learned
+        temperature follows; the divergence network's is taken where it is lower, and alone with 0, as in the paper.
     :param n_probes: Number N of Hutchinson probes of the divergence
-    :param n_entropy_samples: Number of actions per state from whose distances the entropy is estimated that a learned
-        temperature follows; the divergence network's is taken where it is lower, and alone with 0, as in the paper
+    :param ent_coef_rate: Learning rate of a learned temperature, in units of ``learning_rate``
     :param intervals: Time intervals that the flow is trained on: those of the sampler's steps ("grid"), which suit
         ``sampling_steps``, or "any", as in the paper, which suits every number of steps
     :param equal_time_share: Share in [0, 1] of a batch with r = t, that is of plain flow matching
@@ -144,7 +143,7 @@ class MFPO(MeanFlowAlgorithm):
         n_policy_samples=16,
         n_gaussian_samples=32,
         n_local_samples=0,
-        n_entropy_samples=0,
+        ent_coef_rate=1.0,
         intervals="any",
         equal_time_share=0.75,
         uniform_time_share=0.0,
@@ -186,7 +185,7 @@ class MFPO(MeanFlowAlgorithm):
         n_gaussian_samples: int = 36,
         n_local_samples: int = 12,
         n_probes: int = 2,
-        n_entropy_samples: int = 16,
+        ent_coef_rate: float = 3.0,
         intervals: str = "grid",
         equal_time_share: float = 0.5,
         uniform_time_share: float = 0.5,
@@ -241,7 +240,7 @@ class MFPO(MeanFlowAlgorithm):
         self.n_gaussian_samples = n_gaussian_samples
         self.n_local_samples = n_local_samples
         self.n_probes = n_probes
-        self.n_entropy_samples = n_entropy_samples
+        self.ent_coef_rate = ent_coef_rate
         self.log_ent_coef: th.Tensor | None = None
         self.ent_coef_optimizer: th.optim.Optimizer | None = None
 
@@ -251,19 +250,21 @@ class MFPO(MeanFlowAlgorithm):
     def _check_arguments(self) -> None:
         super()._check_arguments()
         check_integer("n_probes", self.n_probes, minimum=1)
-        for name in ("n_policy_samples", "n_gaussian_samples", "n_local_samples", "n_entropy_samples"):
+        for name in ("n_policy_samples", "n_gaussian_samples", "n_local_samples"):
             check_integer(name, getattr(self, name), minimum=0)
         if self.n_policy_samples + self.n_gaussian_samples == 0:
             raise ValueError("`n_policy_samples` and `n_gaussian_samples` are both 0: the velocity estimate needs a proposal.")
         if self.n_local_samples > 0 and self.n_gaussian_samples == 0:
             raise ValueError(
-                f"`n_local_samples={self.n_local_samples}` needs `n_gaussian_samples` above 0: local proposals see one mode "
-                "alone."
+                f"`n_local_samples={self.n_local_samples}` needs `n_gaussian_samples` above 0: local proposals see modes that "
+                "the policy has."
             )
-        if self.n_entropy_samples == 1:
+        if self.n_local_samples == 1:
             raise ValueError(
-                "`n_entropy_samples` must be 0 or at least 2, not 1: the estimate compares samples with each other."
+                "`n_local_samples` must be 0 or at least 2, not 1: the policy's entropy is estimated from the distances "
+                "between the actions that they surround."
             )
+        check_range("ent_coef_rate", self.ent_coef_rate, above=0)
         parse_ent_coef(self.ent_coef)
         parse_target_entropy(self.target_entropy, self.action_space)
 
@@ -274,7 +275,8 @@ class MFPO(MeanFlowAlgorithm):
         if learned:
             # The logarithm is learned, so that the temperature stays positive
             self.log_ent_coef = th.log(th.ones(1, device=self.device) * value).requires_grad_(True)
-            self.ent_coef_optimizer = th.optim.Adam([self.log_ent_coef], lr=self.lr_schedule(1), fused=True)
+            rate = self.ent_coef_rate * self.lr_schedule(1)
+            self.ent_coef_optimizer = th.optim.Adam([self.log_ent_coef], lr=rate, fused=True)
         else:
             self.ent_coef_tensor = th.tensor(value, device=self.device)
 
@@ -291,14 +293,21 @@ class MFPO(MeanFlowAlgorithm):
             optimizers.append(self.ent_coef_optimizer)
         return optimizers
 
+    def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
+        super()._update_learning_rate(optimizers)
+        if self.ent_coef_optimizer is not None:
+            update_learning_rate(
+                self.ent_coef_optimizer, self.ent_coef_rate * self.lr_schedule(self._current_progress_remaining)
+            )
+
     def _draw(self, batch_size: int) -> GradientStepDraws:
         d, n_policy = get_action_dim(self.action_space), max(self.n_policy_samples, 1)
         strata = [self._stratified(batch_size, n, d) for n in (self.n_gaussian_samples, self.n_local_samples)]
         return GradientStepDraws(
             next_noise=self._normal(batch_size, d),
             policy_noise=self._normal(batch_size, n_policy, d),
+            local_noise=self._normal(batch_size, self.n_local_samples, d),
             uniform=th.cat(strata, dim=1),
-            entropy_noise=self._normal(min(batch_size, N_ENTROPY_STATES), self.n_entropy_samples, d),
             actor=self._draw_regression(batch_size, self.policy.actor_type),
             divergence=self._draw_regression(batch_size, self.policy.divergence_type),
             # Signs: of all probes with identity covariance they vary the least
@@ -337,13 +346,14 @@ class MFPO(MeanFlowAlgorithm):
         features = self.actor.encode(batch.observations)
         with th.no_grad():
             actions, log_prob = self.policy.sample(features.unsqueeze(1), draws.policy_noise)
-            metrics["entropy"] = entropy = self._entropy(features, log_prob, draws.entropy_noise)
+            centres, entropy = self._centres(features, actions[:, :1], log_prob, draws.local_noise)
+            metrics["entropy"] = entropy
 
         # Velocity field of the Boltzmann policy, at a point on the path from the first of them (Eq. 19-27)
         t = draws.actor.t
         noisy_actions = interpolate(actions[:, 0], draws.actor.noise, *linear_path(t))
         velocity, velocity_metrics = self._boltzmann_velocity(
-            batch.observations, actions, log_prob, noisy_actions, t, draws.uniform, ent_coef
+            batch.observations, actions, log_prob, centres, noisy_actions, t, draws.uniform, ent_coef
         )
         metrics |= velocity_metrics
 
@@ -369,21 +379,26 @@ class MFPO(MeanFlowAlgorithm):
             metrics["ent_coef_loss"] = self._descend("ent_coef_loss", loss, self.ent_coef_optimizer)
         return metrics
 
-    def _entropy(self, features: th.Tensor, log_prob: th.Tensor, noise: th.Tensor) -> th.Tensor:
+    def _centres(
+        self, features: th.Tensor, action: th.Tensor, log_prob: th.Tensor, noise: th.Tensor
+    ) -> tuple[th.Tensor, th.Tensor]:
         """
-        Mean entropy of the policy before its actions are clipped, the lower of two estimates that err upwards: the divergence
-        network's where the policy is sharp, that of nearest neighbours where it has many coordinates.
+        Actions of the policy that local proposals surround, and the policy's entropy before actions are clipped: the lower of
+        two estimates that err upwards, the divergence network's where the policy is sharp, that of nearest neighbours where it
+        has many coordinates.
 
         :param features: The actor's state features, shape (B, features_dim)
+        :param action: The action that a_t is made from, shape (B, 1, d)
         :param log_prob: Log-probabilities by the divergence network
-        :param noise: Starts the samples, shape (at most B, n, d)
-        :return: In nats, a scalar
+        :param noise: Starts the others, shape (B, K3, d)
+        :return: The action and K3 - 1 others, shape (B, max(K3, 1), d); mean entropy in nats, a scalar
         """
         entropy = -log_prob.mean()
-        if self.n_entropy_samples == 0:
-            return entropy
-        samples = self.actor.flow(features[: len(noise)].unsqueeze(1), noise)
-        return th.minimum(entropy, nearest_neighbour_entropy(samples).mean())
+        if self.n_local_samples == 0:
+            return action, entropy
+        samples = self.actor.flow(features.unsqueeze(1), noise)
+        centres = th.cat([action, samples[:, 1:].clamp(-1, 1)], dim=1)
+        return centres, th.minimum(entropy, nearest_neighbour_entropy(samples).mean())
 
     def _temperature(self) -> th.Tensor:
         if self.log_ent_coef is None:
@@ -396,6 +411,7 @@ class MFPO(MeanFlowAlgorithm):
         observations: PyTorchObs,
         actions: th.Tensor,
         log_prob: th.Tensor,
+        centres: th.Tensor,
         noisy_actions: th.Tensor,
         t: th.Tensor,
         uniform: th.Tensor,
@@ -405,8 +421,9 @@ class MFPO(MeanFlowAlgorithm):
         Velocity field of exp(Q / alpha), by importance sampling (Eq. 19-27; the local proposals are ours).
 
         :param observations: Batch of observations
-        :param actions: Samples of the policy, of which the first leads to a_t, shape (B, max(K1, 1), d)
+        :param actions: Samples of the policy, shape (B, max(K1, 1), d)
         :param log_prob: Their log-probabilities, shape (B, max(K1, 1))
+        :param centres: Samples of the policy that local proposals surround, shape (B, max(K3, 1), d)
         :param noisy_actions: a_t, shape (B, d)
         :param t: Time in (0, 1), shape (B, 1)
         :param uniform: Draws behind the Gaussian and the local proposals, shape (B, K2 + K3, d)
@@ -414,7 +431,7 @@ class MFPO(MeanFlowAlgorithm):
         :return: Velocity, shape (B, d); quantities to log
         """
         policy_actions, policy_log_prob = actions[:, : self.n_policy_samples], log_prob[:, : self.n_policy_samples]
-        gaussian_actions, gaussian_log_weights = self._gaussian_proposals(noisy_actions, actions[:, 0], t, uniform)
+        gaussian_actions, gaussian_log_weights = self._gaussian_proposals(noisy_actions, centres, t, uniform)
         # Values, of all proposals in one pass
         features = self.critic.encode(observations).unsqueeze(1)
         q_values = reduce_values(
@@ -440,13 +457,14 @@ class MFPO(MeanFlowAlgorithm):
         return linear_velocity(noisy_actions, mean_action, t), metrics
 
     def _gaussian_proposals(
-        self, noisy_actions: th.Tensor, action: th.Tensor, t: th.Tensor, uniform: th.Tensor
+        self, noisy_actions: th.Tensor, centres: th.Tensor, t: th.Tensor, uniform: th.Tensor
     ) -> tuple[th.Tensor, th.Tensor | float]:
         """
-        Proposals around where a_t points to and, to find the mode that it was made from, around that action itself.
+        Proposals around where a_t points to and, which follow the policy where actions have many coordinates, one around each
+        of several actions of the policy.
 
         :param noisy_actions: a_t, shape (B, d)
-        :param action: The action that it was made from, shape (B, d)
+        :param centres: Actions of the policy, shape (B, max(K3, 1), d)
         :param t: Time in (0, 1), shape (B, 1)
         :param uniform: Draws behind the proposals, shape (B, K2 + K3, d)
         :return: Actions, shape (B, K2 + K3, d); their log-weights but for Q / alpha, shape (B, K2 + K3), or 0 if there are no
@@ -455,12 +473,22 @@ class MFPO(MeanFlowAlgorithm):
         gaussian = (noisy_actions, *linear_path(t))
         if self.n_local_samples == 0:
             return boltzmann.gaussian_proposal(*gaussian, uniform), 0.0
-        counts = [self.n_gaussian_samples, self.n_local_samples]
-        centres = [gaussian, (action, th.ones_like(t), th.full_like(t, LOCAL_STD))]
-        draws = zip(centres, uniform.split(counts, dim=1), strict=True)
-        actions = th.cat([boltzmann.gaussian_proposal(*centre, part) for centre, part in draws], dim=1)
-        log_probs = [boltzmann.gaussian_log_prob(actions, *centre) for centre in centres]
-        return actions, boltzmann.mixture_log_weights(log_probs, counts)
+        local = (centres, th.ones_like(t[:1]), th.full_like(t[:1], LOCAL_STD))
+        of_gaussian, of_local = uniform.split([self.n_gaussian_samples, self.n_local_samples], dim=1)
+        actions = th.cat(
+            [
+                boltzmann.gaussian_proposal(*gaussian, of_gaussian),
+                boltzmann.gaussian_proposal(*local, of_local.unsqueeze(2)).squeeze(2),
+            ],
+            dim=1,
+        )
+        gaussian_log_prob = boltzmann.gaussian_log_prob(actions, *gaussian)
+        local_log_prob = boltzmann.gaussian_log_prob(actions.unsqueeze(1), *local)
+        counts = th.ones_like(local_log_prob[0, :, 0])
+        return actions, boltzmann.mixture_log_weights(
+            th.cat([gaussian_log_prob.unsqueeze(1), local_log_prob], dim=1),
+            th.cat([counts.new_full((1,), self.n_gaussian_samples), counts]),
+        )
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, _ = super()._get_torch_save_params()
