@@ -146,7 +146,7 @@ def estimate(
     :return: R estimates of E[a_0 | a_t], shape (R, P, d)
     """
     (r, p, d), stratified = own.shape, name in ("stratified", "local")
-    counts = n_policy, n_gaussian, n_local = ESTIMATORS[name]
+    n_policy, n_gaussian, n_local = ESTIMATORS[name]
     first, time = own.reshape(r * p, d), own.new_full((r * p, 1), t)
     gaussian = (noisy.repeat(r, 1), *linear_path(time))
     # Actions of each proposal
@@ -154,11 +154,9 @@ def estimate(
     fresh = sample(policy.softmax(0), uniforms(r, p, n, d, False, rng).flatten()).view(r * p, n, d)
     of_policy = th.cat([first.unsqueeze(1), fresh[:, 1:]], dim=1) if n else fresh
     of_gaussian = boltzmann.gaussian_proposal(*gaussian, uniforms(r, p, n_gaussian, d, stratified, rng))
-    actions = th.cat([of_policy[:, :n_policy], of_gaussian], dim=1)
-    if name == "local":
-        local = (of_policy, own.new_ones(1, 1), own.new_full((1, 1), LOCAL_STD))
-        uniform = uniforms(r, p, n_local, d, stratified, rng)
-        actions = th.cat([of_gaussian, boltzmann.gaussian_proposal(*local, uniform.unsqueeze(2)).squeeze(2)], dim=1)
+    local = (of_policy[:, n_policy:], own.new_ones(1, 1), own.new_full((1, 1), LOCAL_STD))
+    of_local = boltzmann.gaussian_proposal(*local, uniforms(r, p, n_local, d, stratified, rng).unsqueeze(2)).squeeze(2)
+    actions = th.cat([of_policy[:, :n_policy], of_gaussian, of_local], dim=1)
     q = log_prob(target, actions)
     if name == "mixed":
         log_weights = boltzmann.policy_log_weights(
@@ -171,11 +169,11 @@ def estimate(
     if name == "pooled":
         q[:, :n_policy] += density[:, :n_policy] - log_prob(policy, of_policy)
     elif name == "balance":
-        log_probs = th.stack([density, log_prob(policy, actions)], dim=1)
-        q = q + boltzmann.mixture_log_weights(log_probs, density.new_tensor(counts[1::-1]))
+        log_probs = [density.unsqueeze(1), log_prob(policy, actions).unsqueeze(1)]
+        q = q + boltzmann.mixture_log_weights(log_probs, [n_gaussian, n_policy])
     elif name == "local":
-        log_probs = th.cat([density.unsqueeze(1), boltzmann.gaussian_log_prob(actions.unsqueeze(1), *local)], dim=1)
-        q = q + boltzmann.mixture_log_weights(log_probs, density.new_tensor([n_gaussian, *[1] * n_local]))
+        log_probs = [density.unsqueeze(1), boltzmann.gaussian_log_prob(actions.unsqueeze(1), *local)]
+        q = q + boltzmann.mixture_log_weights(log_probs, [n_gaussian, 1])
     return boltzmann.snis_mean(q.softmax(1), actions)[0].view(r, p, d)
 
 

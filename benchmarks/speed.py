@@ -51,7 +51,7 @@ PARTS = {
     "random numbers": ("", "_draw"),
     "critics: target and loss": ("", "_td_loss"),
     "samples of the policy": ("policy", "sample"),
-    "entropy": ("", "_centres"),
+    "centres of proposals, entropy": ("", "_centres"),
     "values of the proposals": ("critic", "q_values"),
     "Gaussian proposals, weights": ("", "_boltzmann_velocity"),
     "mean-flow regressions": ("", "_regression_errors"),

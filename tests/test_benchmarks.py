@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import early
 import estimators
 import numpy as np
 import pandas as pd
@@ -350,22 +349,6 @@ def test_the_table_of_sharpness_is_continued(tmp_path: Path, capsys: pytest.Capt
     table = sharpness.main([*options, "defaults"])
     assert table["variant"].tolist() == ["SAC", "SOM", "defaults"] and table["seconds"].tolist()[:2] == seconds
     assert table["success"].between(0, 1).all() and np.isfinite(table["log_prob_error"].iloc[2])
-
-
-def test_evaluations_leave_early_learning_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(early.SHARED, "learning_starts", 50)
-    with_rows = early.train("Pendulum-v1", "paper", 0, steps=60, every=52, path=tmp_path / "out.csv")
-    without = early.train("Pendulum-v1", "paper", 0, steps=60, every=100, path=tmp_path / "none.csv")
-    for one, other in zip(with_rows.policy.parameters(), without.policy.parameters(), strict=True):
-        assert th.equal(one, other)
-    assert not (tmp_path / "none.csv").exists()
-
-    options = ["--task", "Pendulum-v1", "--steps", "60", "--every", "52", "--output", str(tmp_path / "out.csv")]
-    table = early.main([*options, "--variants", "defaults", "paper"])
-    assert table["variant"].tolist() == ["paper", "defaults", "paper"]
-    assert table["best_of_ten"].between(-2000, 0).all() and table["sample"].between(-2000, 0).all()
-    # The same run, the same row
-    assert table[:1].equals(table[2:].reset_index(drop=True))
 
 
 def test_sharpness_is_measured_on_a_known_policy(monkeypatch: pytest.MonkeyPatch) -> None:

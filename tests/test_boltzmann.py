@@ -164,7 +164,7 @@ def test_density_of_the_proposal_is_that_of_scipy(t: float) -> None:
 
 
 def test_without_other_proposals_the_gaussians_weights_are_equal() -> None:
-    weights = boltzmann.mixture_log_weights(100 * th.randn(4, 1, 7), th.tensor([7.0])).softmax(dim=1)
+    weights = boltzmann.mixture_log_weights([100 * th.randn(4, 1, 7)], [7]).softmax(dim=1)
     assert th.allclose(weights, th.full((4, 7), 1 / 7), atol=1e-5)
 
 
@@ -194,13 +194,9 @@ def test_gaussian_and_local_proposals_find_the_mean_action_between_modes(t: floa
         of_gaussian = boltzmann.gaussian_proposal(*gaussian, th.rand(1, n_gaussian, 1, generator=generator))
         of_local = boltzmann.gaussian_proposal(*local, th.rand(1, len(centres), n_local, 1, generator=generator))
         actions = th.cat([of_gaussian, of_local.flatten(1, 2)], dim=1)
-        log_probs = th.cat(
-            [
-                boltzmann.gaussian_log_prob(actions, *gaussian).unsqueeze(1),
-                boltzmann.gaussian_log_prob(actions.unsqueeze(1), *local),
-            ],
-            dim=1,
-        )
-        counts = th.tensor([n_gaussian] + [n_local] * len(centres), dtype=th.float32)
-        weights = (q(actions) / 0.5 + boltzmann.mixture_log_weights(log_probs, counts)).softmax(dim=1)
+        log_probs = [
+            boltzmann.gaussian_log_prob(actions, *gaussian).unsqueeze(1),
+            boltzmann.gaussian_log_prob(actions.unsqueeze(1), *local),
+        ]
+        weights = (q(actions) / 0.5 + boltzmann.mixture_log_weights(log_probs, [n_gaussian, n_local])).softmax(dim=1)
         assert boltzmann.snis_mean(weights, actions)[0].item() == pytest.approx(expected, abs=0.01)

@@ -98,7 +98,7 @@ def gaussian_log_prob(actions: th.Tensor, noisy_actions: th.Tensor, mu: th.Tenso
     return standard_normal_log_prob(noise) + actions.shape[-1] * (mu / sigma).log() - log_mass
 
 
-def mixture_log_weights(log_probs: th.Tensor, counts: th.Tensor) -> th.Tensor:
+def mixture_log_weights(log_probs: Sequence[th.Tensor], counts: Sequence[int]) -> th.Tensor:
     """
     Unnormalised log-weights, but for Q / alpha, of actions of which n_i were drawn from proposal i,
     log p_1 - log sum_i n_i p_i.
@@ -106,11 +106,13 @@ def mixture_log_weights(log_probs: th.Tensor, counts: th.Tensor) -> th.Tensor:
     all proposals together, so that none counts for much only because it was unlikely under its own ("Optimally Combining
     Sampling Techniques for Monte Carlo Rendering", Veach & Guibas 1995).
 
-    :param log_probs: Log-densities of all K actions under each of P proposals, in nats, shape (B, P, K)
-    :param counts: How many of the K actions come from each, above 0, shape (P,)
+    :param log_probs: Log-densities of all K actions in nats by group of proposals, shape (B, 1, K) of the first proposal,
+        shape (B, P_i, K) of further groups
+    :param counts: How many of the K actions come from each proposal of a group, above 0
     :return: shape (B, K)
     """
-    return log_probs[:, 0] - (log_probs + counts.log().unsqueeze(1)).logsumexp(dim=1)
+    weighted = [log_prob + math.log(n) for log_prob, n in zip(log_probs, counts, strict=True)]
+    return log_probs[0].squeeze(1) - th.cat(weighted, dim=1).logsumexp(dim=1)
 
 
 def policy_log_weights(

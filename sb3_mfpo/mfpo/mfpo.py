@@ -70,8 +70,8 @@ class MFPO(MeanFlowAlgorithm):
 
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy)
     :param env: The environment to learn from (if registered in Gym, can be str); a Box action space with finite bounds
-    :param learning_rate: Learning rate of all optimizers (actor, critics, divergence network, temperature); it can be a
-        function of the current progress remaining (from 1 to 0)
+    :param learning_rate: Learning rate of all optimizers (actor, critics, divergence network; the temperature's is
+        ``ent_coef_rate`` times this); it can be a function of the current progress remaining (from 1 to 0)
     :param buffer_size: Size of the replay buffer, in transitions. Observations are kept in the environment's own type: wrapped
         in ``gymnasium.wrappers.DtypeObservation(env, np.float32)``, those of MuJoCo take half the memory.
     :param learning_starts: How many steps of uniformly random actions to collect before learning starts
@@ -109,9 +109,9 @@ class MFPO(MeanFlowAlgorithm):
     :param n_policy_samples: Number K1 of actions per state that the policy proposes to the velocity estimate, as in the paper
     :param n_gaussian_samples: Number K2 of actions per state from the truncated Gaussian proposal; 0 leaves the policy's
         proposal alone
-    :param n_local_samples: Number K3 of actions per state that are near one of the policy's each, weighed together with the
-        Gaussian's. From the distances between these K3 actions of the policy the entropy is estimated that a learned
-        temperature follows; the divergence network's is taken where it is lower, and alone with 0, as in the paper.
+    :param n_local_samples: Number K3 of actions per state that are near an action of the policy each, weighed together with
+        the Gaussian's. The distances between K3 actions of the policy also give the entropy that a learned temperature
+        follows; the divergence network's is taken where it is lower, and alone with 0, as in the paper.
     :param n_probes: Number N of Hutchinson probes of the divergence
     :param ent_coef_rate: Learning rate of a learned temperature, in units of ``learning_rate``
     :param intervals: Time intervals that the flow is trained on: those of the sampler's steps ("grid"), which suit
@@ -346,8 +346,7 @@ class MFPO(MeanFlowAlgorithm):
         features = self.actor.encode(batch.observations)
         with th.no_grad():
             actions, log_prob = self.policy.sample(features.unsqueeze(1), draws.policy_noise)
-            centres, entropy = self._centres(features, actions[:, :1], log_prob, draws.local_noise)
-            metrics["entropy"] = entropy
+            centres, metrics["entropy"] = self._centres(features, actions[:, :1], log_prob, draws.local_noise)
 
         # Velocity field of the Boltzmann policy, at a point on the path from the first of them (Eq. 19-27)
         t = draws.actor.t
@@ -375,7 +374,7 @@ class MFPO(MeanFlowAlgorithm):
 
         # Temperature: it rises when the entropy is below its target (Eq. 30)
         if self.log_ent_coef is not None and self.ent_coef_optimizer is not None:
-            loss = (self.log_ent_coef.exp() * (entropy - float(self.target_entropy))).mean()
+            loss = (self.log_ent_coef.exp() * (metrics["entropy"] - float(self.target_entropy))).mean()
             metrics["ent_coef_loss"] = self._descend("ent_coef_loss", loss, self.ent_coef_optimizer)
         return metrics
 
@@ -383,14 +382,14 @@ class MFPO(MeanFlowAlgorithm):
         self, features: th.Tensor, action: th.Tensor, log_prob: th.Tensor, noise: th.Tensor
     ) -> tuple[th.Tensor, th.Tensor]:
         """
-        Actions of the policy that local proposals surround, and the policy's entropy before actions are clipped: the lower of
-        two estimates that err upwards, the divergence network's where the policy is sharp, that of nearest neighbours where it
+        Actions of the policy that local proposals surround, and the policy's entropy before actions are clipped, the lower of
+        two estimates that err upwards: the divergence network's where the policy is sharp, that of nearest neighbours where it
         has many coordinates.
 
         :param features: The actor's state features, shape (B, features_dim)
         :param action: The action that a_t is made from, shape (B, 1, d)
-        :param log_prob: Log-probabilities by the divergence network
-        :param noise: Starts the others, shape (B, K3, d)
+        :param log_prob: Log-probabilities by the divergence network in nats, shape (B, max(K1, 1))
+        :param noise: Standard-normal noise that K3 actions start from, shape (B, K3, d)
         :return: The action and K3 - 1 others, shape (B, max(K3, 1), d); mean entropy in nats, a scalar
         """
         entropy = -log_prob.mean()
@@ -474,21 +473,14 @@ class MFPO(MeanFlowAlgorithm):
         if self.n_local_samples == 0:
             return boltzmann.gaussian_proposal(*gaussian, uniform), 0.0
         local = (centres, th.ones_like(t[:1]), th.full_like(t[:1], LOCAL_STD))
-        of_gaussian, of_local = uniform.split([self.n_gaussian_samples, self.n_local_samples], dim=1)
-        actions = th.cat(
-            [
-                boltzmann.gaussian_proposal(*gaussian, of_gaussian),
-                boltzmann.gaussian_proposal(*local, of_local.unsqueeze(2)).squeeze(2),
-            ],
-            dim=1,
-        )
-        gaussian_log_prob = boltzmann.gaussian_log_prob(actions, *gaussian)
-        local_log_prob = boltzmann.gaussian_log_prob(actions.unsqueeze(1), *local)
-        counts = th.ones_like(local_log_prob[0, :, 0])
-        return actions, boltzmann.mixture_log_weights(
-            th.cat([gaussian_log_prob.unsqueeze(1), local_log_prob], dim=1),
-            th.cat([counts.new_full((1,), self.n_gaussian_samples), counts]),
-        )
+        of_gaussian = boltzmann.gaussian_proposal(*gaussian, uniform[:, : self.n_gaussian_samples])
+        of_local = boltzmann.gaussian_proposal(*local, uniform[:, self.n_gaussian_samples :].unsqueeze(2)).squeeze(2)
+        actions = th.cat([of_gaussian, of_local], dim=1)
+        log_probs = [
+            boltzmann.gaussian_log_prob(actions, *gaussian).unsqueeze(1),
+            boltzmann.gaussian_log_prob(actions.unsqueeze(1), *local),
+        ]
+        return actions, boltzmann.mixture_log_weights(log_probs, [self.n_gaussian_samples, 1])
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, _ = super()._get_torch_save_params()
