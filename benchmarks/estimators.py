@@ -66,7 +66,7 @@ def estimate(
     Velocities at given points from fresh proposals.
 
     :param model: A trained model
-    :param features: The actor's and the critic's features of the states, shapes (B, S)
+    :param features: The target actor's and the critic's features of the states, shapes (B, S)
     :param own: The actions that the points were made from, shape (B, 1, d), and their log-probabilities, shape (B, 1)
     :param noisy: The points a_t, shape (B, d)
     :param t: Time in (0, 1), shape (B, 1)
@@ -112,7 +112,7 @@ def measure(model: MFPO, observations: th.Tensor, repetitions: int) -> pd.DataFr
     :return: By time and estimator: effective sample size, standard deviation of an estimate's coordinates over the
         repetitions, root mean square of their error; medians over the points
     """
-    features = model.actor.encode(observations), model.critic.encode(observations)
+    features = model.actor_target.encode(observations), model.critic.encode(observations)
     d = model.action_space.shape[0]  # type: ignore[index]
     rows = []
     for time in TIMES:

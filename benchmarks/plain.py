@@ -80,6 +80,7 @@ def plain_step(model: MFPO, batch: ReplayBufferSamples, draws: GradientStepDraws
         derivative = th.func.jvp(average_velocity, (noisy, t, t - r), (velocity, one, one))[1]
     loss = F.mse_loss(average_velocity(noisy, t, t - r), velocity - (t - r) * derivative)
     metrics["actor_loss"] = descend(loss, model.actor.optimizer)
+    polyak_update(model.actor.parameters(), model.actor_target.parameters(), model.actor_tau)
 
     # Divergence network: the MeanFlow identity around the divergence of the actor's velocity (Eq. 12-18)
     t, r, noise = draws.divergence.t, draws.divergence.r, draws.divergence.noise

@@ -38,7 +38,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "no local proposals": ("MFPO", dict(n_gaussian_samples=48, n_local_samples=0)),
     "12 proposals": ("MFPO", dict(n_gaussian_samples=6, n_local_samples=6)),
     "slower temperature": ("MFPO", dict(ent_coef_rate=1.0)),
+    "no average": ("MFPO", dict(actor_tau=1.0)),
     "SOM": ("SOM", {}),
+    "SOM, no average": ("SOM", dict(actor_tau=1.0)),
     "SOM, two steps": ("SOM", dict(policy_kwargs=dict(sampling_steps=2))),
     "SOM, no features": ("SOM", dict(policy_kwargs=dict(action_fourier_dim=0))),
     "SOM, grid": ("SOM", dict(intervals="grid", uniform_time_share=0.5)),
@@ -50,8 +52,9 @@ BIN = 0.01
 @th.no_grad()
 def samples_at(model: Any, observation: list[float], n: int = 50_000) -> th.Tensor:
     """Actions before they are clipped, shape (n,)."""
-    features = model.actor.encode(model.policy.obs_to_tensor(np.array([observation], np.float32))[0])
-    return model.actor.flow(features.unsqueeze(1), th.randn(1, n, 1)).flatten()
+    actor = model.actor_target
+    features = actor.encode(model.policy.obs_to_tensor(np.array([observation], np.float32))[0])
+    return actor.flow(features.unsqueeze(1), th.randn(1, n, 1)).flatten()
 
 
 def histogram(actions: th.Tensor) -> np.ndarray:

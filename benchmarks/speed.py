@@ -56,7 +56,7 @@ PARTS = {
     "Gaussian proposals, weights": ("", "_boltzmann_velocity"),
     "mean-flow regressions": ("", "_regression_errors"),
     "backward and optimizers": ("", "_descend"),
-    "target critics": ("", "_update_target"),
+    "targets": ("", "_update_target"),
 }
 Rows = dict[str, dict[str, float]]
 

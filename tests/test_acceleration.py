@@ -193,11 +193,11 @@ def test_compiled_steps_follow_the_learning_rate(pair: tuple[Any, Any]) -> None:
     _, compiled = pair
     rate, start = compiled.lr_schedule, weights(compiled)
     compiled.lr_schedule = lambda progress: 0.0
-    # The target critics follow the critics whatever the learning rate is
-    compiled.tau, tau = 0.0, compiled.tau
+    # The targets follow whatever the learning rate is
+    compiled.tau, compiled.actor_tau, taus = 0.0, 0.0, (compiled.tau, compiled.actor_tau)
     train(compiled, 5)
     assert th.equal(weights(compiled), start)
-    compiled.lr_schedule, compiled.tau = rate, tau
+    compiled.lr_schedule, (compiled.tau, compiled.actor_tau) = rate, taus
     train(compiled, 5)
     assert not th.equal(weights(compiled), start)
 

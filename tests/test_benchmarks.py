@@ -24,7 +24,6 @@ import variants
 import yaml
 from ray.cluster_utils import Cluster
 from scipy.stats import kstest, trim_mean, truncnorm
-from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_mfpo import MFPO
 from tests.helpers import make_model
@@ -248,29 +247,6 @@ def test_published_tables_match_the_result_files(name: str, page: str, monkeypat
     table = report.table(report.read_results(report.RESULTS / f"{name}.csv", suite), suite)
     without_intervals = re.compile(r" \[.*?\]")
     assert without_intervals.sub("", table + "\n") == without_intervals.sub("", published)
-
-
-def first_weight(actor: th.nn.Module) -> np.ndarray:
-    return next(actor.parameters()).detach().numpy().copy()
-
-
-def test_act_with_average_acts_with_the_average_and_trains_the_actor() -> None:
-    trained, acting = [], []
-    averages = variants.ActWithAverage(0.75)
-
-    class Record(BaseCallback):
-        def _on_step(self) -> bool:
-            trained.append(first_weight(averages._trained))
-            acting.append(first_weight(self.model.policy.actor))
-            return True
-
-    model = make_model(MFPO, seed=0).learn(40, callback=[averages, Record()])
-    assert model.policy.actor is model.actor is averages._trained
-    average = trained[0]
-    for actor, used in zip(trained, acting, strict=True):
-        average = 0.75 * average + 0.25 * actor
-        np.testing.assert_allclose(used, average, rtol=0, atol=1e-6)
-    assert np.abs(trained[-1] - acting[-1]).max() > 1e-4
 
 
 def test_leave_itself_out_removes_the_first_proposal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,9 +62,9 @@ def test_dead_units_actions_at_bounds_and_saturated_values_are_counted(algorithm
     assert 0 <= healthy["critic_saturation"] < 0.5 and healthy["actions_at_bounds"] < 1
     with th.no_grad():
         # The layers have 16 and 12 units: 4 of 28 in the actor, 3 of the 56 in both critics
-        for network, n in ((model.actor.network, 4), (model.critic.q_networks[0], 3)):
+        for network, n in ((model.actor_target.network, 4), (model.critic.q_networks[0], 3)):
             network.body[0].weight[:n] = 0
-        model.actor.network.body[-1].bias.fill_(-100)
+        model.actor_target.network.body[-1].bias.fill_(-100)
         for q_network in model.critic.q_networks:
             q_network.body[-1].weight.zero_()
             q_network.body[-1].bias.copy_(th.tensor([np.log(3.0)] + [0.0] * 9 + [np.log(2.0)]))
@@ -100,7 +100,7 @@ def test_a_check_changes_no_mode_and_no_weight() -> None:
     for mode in (True, False):
         model.policy.set_training_mode(mode)
         check(model)
-        assert model.policy.training == model.actor.training == mode
+        assert model.policy.training == model.actor.training == mode and not model.actor_target.training
     assert all(th.equal(value, before[name]) for name, value in model.policy.state_dict().items())
 
 

@@ -64,15 +64,16 @@ class ChainActorCritic(ActorCriticAlgorithm):
         self, batch: ReplayBufferSamples, draws: th.Tensor, update_target: bool = True, improve_policy: bool = True
     ) -> dict[str, th.Tensor]:
         with th.no_grad():
-            next_actions = self.policy.act(self.actor.encode(batch.next_observations), draws[0])
+            next_actions = self.policy.act(self.actor_target.encode(batch.next_observations), draws[0])
         loss, metrics = self._td_loss(batch, next_actions, entropy_bonus=th.zeros(()))
         metrics["critic_loss"] = self._descend("critic_loss", loss, self.critic.optimizer)
         if update_target:
-            self._update_target()
+            self._update_target(self.critic_target, self.critic, self.tau)
         if improve_policy:
-            actions = self.policy.act(self.actor.encode(batch.observations), draws[1])
+            actions = self.actor.act(self.actor.encode(batch.observations), draws[1])
             loss = -self.critic.q_values(self.critic.encode(batch.observations), actions).mean()
             metrics["actor_loss"] = self._descend("actor_loss", loss, self.actor.optimizer)
+            self._update_target(self.actor_target, self.actor, self.actor_tau)
         return metrics
 
 

@@ -127,6 +127,7 @@ def golden_model(n_equal: int = 0) -> MFPO:
         for prefix, network in networks(model).items():
             for name, parameter in flax_parameters(network).items():
                 parameter.copy_(GOLDEN[f"{prefix}/{name}"])
+    model.actor_target.load_state_dict(model.actor.state_dict())
     return model
 
 
@@ -202,7 +203,7 @@ def forward_passes(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
 
 def sampling(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
     policy = golden_model().policy
-    features, noise = policy.actor.encode(g["sample/obs"]), g["sample/noise"]
+    features, noise = policy.actor_target.encode(g["sample/obs"]), g["sample/noise"]
     out = {"sample/noise_logp": mean_flow.standard_normal_log_prob(noise)}
     for steps in {int(name.split("/")[1][1:]) for name in g if re.match(r"sample/T\d+/", name)}:
         policy.sampling_steps = steps

@@ -153,7 +153,7 @@ def test_the_divergence_of_a_copied_policy_is_that_of_its_own_actor(divergence_t
     twin = copy.deepcopy(model)
     obs, noise = th.randn(5, 3), th.randn(5, 2)
     _, before = model.policy.action_log_prob(obs, noise)
-    for parameter in twin.actor.parameters():
+    for parameter in twin.actor_target.parameters():
         parameter.data.mul_(2)
     assert th.equal(model.policy.action_log_prob(obs, noise)[1], before)
     features, point, t = th.randn(1, 3), th.randn(1, 2), th.full((1, 1), 0.5)

@@ -217,7 +217,7 @@ def test_the_actor_starts_from_the_centre_of_the_noise_when_it_is_deterministic(
     model = make_model(algorithm, policy_kwargs=dict(n_action_candidates=1)).learn(20)
     observations = observations_for(model)
     expected, _ = model.predict(observations, deterministic=True)
-    assert np.allclose(model.actor.predict(observations, deterministic=True)[0], expected, atol=1e-6)
+    assert np.allclose(model.actor_target.predict(observations, deterministic=True)[0], expected, atol=1e-6)
 
 
 class SmallExtractor(BaseFeaturesExtractor):
@@ -377,7 +377,7 @@ def test_deterministic_actions_are_the_best_of_their_states_in_any_batch(algorit
     with th.no_grad():
         chosen = th.cat([policy(batch, deterministic=True) for batch in observations.split(batch_size)])
         # Candidate by candidate
-        features = policy.actor.encode(observations)
+        features = policy.actor_target.encode(observations)
         candidates = [policy.act(features, noise.expand(300, 2)) for noise in policy.candidate_noise]
         values = th.stack([th.cat(policy.critic_target(observations, action), dim=1).amin(dim=1) for action in candidates])
         value = th.cat(policy.critic_target(observations, chosen), dim=1).amin(dim=1)
@@ -422,7 +422,7 @@ def test_deterministic_action_is_the_best_candidate(algorithm: Algorithm) -> Non
 
     with th.no_grad():
         action = policy._predict(observation, deterministic=True)[0]
-        candidates = policy.act(policy.actor.encode(observation), policy.candidate_noise)
+        candidates = policy.act(policy.actor_target.encode(observation), policy.candidate_noise)
         assert len(candidates) == 10
         assert value(action) == pytest.approx(max(value(candidate) for candidate in candidates), abs=1e-5)
 
@@ -446,7 +446,7 @@ def test_sampling_steps_can_be_changed_without_retraining(algorithm: Algorithm, 
     model.policy.n_action_candidates = steps + 2
     assert model.policy.sampling_steps == steps
     calls = []
-    handle = model.actor.network.body.register_forward_hook(lambda *args: calls.append(None))
+    handle = model.actor_target.network.body.register_forward_hook(lambda *args: calls.append(None))
     for deterministic in (False, True):
         calls.clear()
         action, _ = model.predict(observations_for(model, 1), deterministic=deterministic)
@@ -538,7 +538,7 @@ def test_policy_delay_and_target_update_interval(algorithm: Algorithm) -> None:
     model.learn(10)
     batch = model.replay_buffer.sample(8)
 
-    followers = [model.actor, *([model.divergence] if algorithm is MFPO else [])]
+    followers = [model.actor, model.actor_target, *([model.divergence] if algorithm is MFPO else [])]
 
     def snapshot() -> list[th.Tensor]:
         modules = (model.critic, model.critic_target, *followers)
@@ -561,6 +561,29 @@ def test_polyak_average(algorithm: Algorithm) -> None:
     model._gradient_step(model.replay_buffer.sample(8))
     for before, after, online in zip(old, model.critic_target.parameters(), model.critic.parameters(), strict=True):
         assert th.allclose(after, 0.9 * before + 0.1 * online, atol=1e-6)
+
+
+def test_the_average_of_the_actor_acts_and_gives_targets(algorithm: Algorithm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Collection, evaluation and every action that a gradient step starts from; the regression alone is the actor's."""
+    model = make_model(algorithm, actor_tau=0.1, seed=0).learn(11)
+    acting = record_arguments(monkeypatch, model.actor_target, "encode")
+    trained = record_arguments(monkeypatch, model.actor, "encode")
+    for deterministic in (True, False):
+        model.predict(observations_for(model), deterministic=deterministic)
+    assert len(acting) == 2 and not trained
+    batch = model.replay_buffer.sample(8)
+    old = [parameter.clone() for parameter in model.actor_target.parameters()]
+    model._gradient_step(batch)
+    assert [th.equal(args[0], batch.observations) for args in trained] == [True]
+    assert th.equal(acting[2][0], batch.next_observations)
+    for before, after, online in zip(old, model.actor_target.parameters(), model.actor.parameters(), strict=True):
+        assert th.allclose(after, 0.9 * before + 0.1 * online, atol=1e-6)
+    assert not any(parameter.grad is not None for parameter in model.actor_target.parameters())
+
+
+def test_an_average_of_one_step_is_the_actor(algorithm: Algorithm) -> None:
+    model = make_model(algorithm, actor_tau=1.0).learn(15)
+    assert_equal(model.actor_target.state_dict(), model.actor.state_dict())
 
 
 @pytest.mark.parametrize("terminates", [True, False])
@@ -712,7 +735,7 @@ def test_training_and_evaluation_mode(algorithm: Algorithm, monkeypatch: pytest.
     assert th.equal(model.actor.features_extractor.layers[1].running_mean, statistics)
     # The target's statistics are copies of the critic's, and the target never trains
     assert not model.critic_target.training
-    model._update_target()
+    model._update_target(model.critic_target, model.critic, model.tau)
     target, online = (critic.features_extractor.layers[1] for critic in (model.critic_target, model.critic))
     assert th.equal(target.running_mean, online.running_mean)
     assert not th.equal(online.running_mean, th.zeros(5))
@@ -799,7 +822,7 @@ def test_actions_follow_the_weights_however_they_are_changed(algorithm: Algorith
     policy, other = (make_model(algorithm, seed=seed).policy for seed in (0, 1))
     observations = np.random.RandomState(0).randn(5, 3).astype(np.float32)
     before = sample_of(policy, observations)
-    change(policy.actor, other.actor.state_dict())
+    change(policy.actor_target, other.actor.state_dict())
     after = sample_of(policy, observations)
     assert not np.allclose(after, before, atol=1e-4)
     assert np.array_equal(after, sample_of(copy.deepcopy(policy), observations))
@@ -904,7 +927,7 @@ def test_autocast(algorithm: Algorithm) -> None:
 
 
 def test_hooks_fire_in_prediction_and_training(algorithm: Algorithm) -> None:
-    """On actor and critics as a whole and on every part; prediction takes the critics' networks alone."""
+    """On actors and critics as a whole and on every part; prediction takes the critics' networks alone."""
     model = make_model(algorithm).learn(12)
     policy, seen, with_gradient = model.policy, set(), set()
 
@@ -915,18 +938,20 @@ def test_hooks_fire_in_prediction_and_training(algorithm: Algorithm) -> None:
 
     handles = [module.register_forward_hook(hook) for module in policy.modules() if module is not policy]
     model.predict(observations_for(model), deterministic=False)
-    assert seen == set(policy.actor.modules())
+    assert seen == set(policy.actor_target.modules())
     seen.clear()
     model.predict(observations_for(model), deterministic=True)
     parts = {policy.critic, policy.critic_target, policy.critic.q_networks, policy.critic_target.q_networks}
-    assert seen == (set(policy.actor.modules()) | set(policy.critic_target.modules())) - parts
+    assert seen == (set(policy.actor_target.modules()) | set(policy.critic_target.modules())) - parts
     model.train(1, batch_size=8)
     # A list of networks is not called
     lists = {policy.critic.q_networks, policy.critic_target.q_networks, policy}
-    assert seen == set(policy.modules()) - lists
-    # The actor as a whole is called to act, as in SAC
-    trained = set(policy.modules()) - set(policy.critic_target.modules()) - lists - {policy.actor}
-    assert with_gradient == trained
+    # The actor as a whole is called to act, as in SAC; of the two, the target acts
+    called = set(policy.modules()) - lists - {policy.actor}
+    assert seen == called
+    # The divergence of the target actor takes autograd where there are hooks
+    of_target = set(policy.actor_target.modules())
+    assert with_gradient - of_target == called - set(policy.critic_target.modules()) - of_target
     for handle in handles:
         handle.remove()
 
@@ -937,7 +962,7 @@ def test_hooks_may_replace_outputs(algorithm: Algorithm, part: str) -> None:
     model = make_model(algorithm).learn(12)
     observations = observations_for(model)
     before = sample_of(model.policy, observations), model.predict(observations, deterministic=True)[0]
-    handle = model.actor.get_submodule(part).register_forward_hook(lambda module, inputs, output: 0 * output)
+    handle = model.actor_target.get_submodule(part).register_forward_hook(lambda module, inputs, output: 0 * output)
     assert not np.array_equal(sample_of(model.policy, observations), before[0])
     assert not np.array_equal(model.predict(observations, deterministic=True)[0], before[1])
     handle.remove()
@@ -956,10 +981,11 @@ def prune_every_second_input(layer: nn.Module) -> None:
     ids=["pruned", "weight norm", "spectral norm"],
 )
 def test_a_changed_first_layer_trains_on(algorithm: Algorithm, change: Any) -> None:
-    """Pruned weights stay 0 in every use; after training, a sample uses the weights as they are then."""
+    """In the actor and its target: pruned weights stay 0 in every use; a sample uses the weights as they are then."""
     model = make_model(algorithm, seed=0).learn(12)
-    layer = model.actor.network.input_layer
-    change(layer)
+    layer = model.actor_target.network.input_layer
+    for one in (model.actor.network.input_layer, layer):
+        change(one)
     model.learn(20, reset_num_timesteps=False)
     observations = observations_for(model)
     actions = sample_of(model.policy, observations)

@@ -43,6 +43,7 @@ def fit(algorithm: Algorithm, updates: int, **settings: Any) -> Any:
         model.actor.optimizer.zero_grad()
         errors.square().mean().backward()
         model.actor.optimizer.step()
+        model._update_target(model.actor_target, model.actor, model.actor_tau)
     return model
 
 

@@ -35,7 +35,7 @@ def test_an_action_takes_one_evaluation(deterministic: bool, rows: int) -> None:
     """Of the actor: one row for a sample, one batch for the best of ten. The critics see the candidates in one batch too."""
     model = make_model(SOM).learn(12)
     batches: dict[str, list[int]] = {"actor": [], "critic": []}
-    for name, network in (("actor", model.actor.network), ("critic", model.critic_target.q_networks[0])):
+    for name, network in (("actor", model.actor_target.network), ("critic", model.critic_target.q_networks[0])):
         network.body.register_forward_hook(
             lambda module, inputs, output, name=name: batches[name].append(output[..., 0].numel())
         )

@@ -114,6 +114,8 @@ class MFPO(MeanFlowAlgorithm):
         follows; the divergence network's is taken where it is lower, and alone with 0, as in the paper.
     :param n_probes: Number N of Hutchinson probes of the divergence
     :param ent_coef_rate: Learning rate of a learned temperature, in units of ``learning_rate``
+    :param actor_tau: Soft update coefficient in (0, 1] of the target actor, which acts; 1 makes it the actor itself, as in the
+        paper
     :param intervals: Time intervals that the flow is trained on: those of the sampler's steps ("grid"), which suit
         ``sampling_steps``, or "any", as in the paper, which suits every number of steps
     :param equal_time_share: Share in [0, 1] of a batch with r = t, that is of plain flow matching
@@ -144,6 +146,7 @@ class MFPO(MeanFlowAlgorithm):
         n_gaussian_samples=32,
         n_local_samples=0,
         ent_coef_rate=1.0,
+        actor_tau=1.0,
         intervals="any",
         equal_time_share=0.75,
         uniform_time_share=0.0,
@@ -186,6 +189,7 @@ class MFPO(MeanFlowAlgorithm):
         n_local_samples: int = 12,
         n_probes: int = 2,
         ent_coef_rate: float = 3.0,
+        actor_tau: float = 0.01,
         intervals: str = "grid",
         equal_time_share: float = 0.5,
         uniform_time_share: float = 0.5,
@@ -217,6 +221,7 @@ class MFPO(MeanFlowAlgorithm):
             replay_buffer_kwargs=replay_buffer_kwargs,
             optimize_memory_usage=optimize_memory_usage,
             n_steps=n_steps,
+            actor_tau=actor_tau,
             target_update_interval=target_update_interval,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
@@ -331,20 +336,20 @@ class MFPO(MeanFlowAlgorithm):
 
         # Critics: regression on the soft Bellman target (Eq. 29)
         with th.no_grad():
-            next_features = self.actor.encode(batch.next_observations)
+            next_features = self.actor_target.encode(batch.next_observations)
             next_actions, next_log_prob = self.policy.sample(next_features, draws.next_noise)
             entropy_bonus = -ent_coef * next_log_prob.unsqueeze(1)
         critic_loss, critic_metrics = self._td_loss(batch, next_actions, entropy_bonus)
         metrics["critic_loss"] = self._descend("critic_loss", critic_loss, self.critic.optimizer)
         metrics |= critic_metrics
         if update_target:
-            self._update_target()
+            self._update_target(self.critic_target, self.critic, self.tau)
         if not improve_policy:
             return metrics
 
         # Proposals: samples of the policy
-        features = self.actor.encode(batch.observations)
         with th.no_grad():
+            features = self.actor_target.encode(batch.observations)
             actions, log_prob = self.policy.sample(features.unsqueeze(1), draws.policy_noise)
             centres, metrics["entropy"] = self._centres(features, actions[:, :1], log_prob, draws.local_noise)
 
@@ -357,16 +362,18 @@ class MFPO(MeanFlowAlgorithm):
         metrics |= velocity_metrics
 
         # Actor: mean-flow regression on this velocity (Eq. 28)
+        features = self.actor.encode(batch.observations)
         errors = self._regression_errors(self.actor, features, noisy_actions, draws.actor, velocity, velocity)
         metrics["actor_loss"] = self._descend("actor_loss", errors.square().mean(), self.actor.optimizer)
+        self._update_target(self.actor_target, self.actor, self.actor_tau)
 
-        # Divergence network: mean-flow regression on the divergence of the actor's velocity (Eq. 12-18)
+        # Divergence network: mean-flow regression on the divergence of the policy's velocity (Eq. 12-18)
         if isinstance(self.divergence, AverageDivergenceNetwork):
             t = draws.divergence.t
             noisy_actions = interpolate(actions[:, 0], draws.divergence.noise, *linear_path(t))
             with th.no_grad():
-                features = self.actor.encode(batch.observations)
-                velocity, jacobian_product = self.actor.linearize_velocity(features, noisy_actions, t)
+                features = self.actor_target.encode(batch.observations)
+                velocity, jacobian_product = self.actor_target.linearize_velocity(features, noisy_actions, t)
                 divergence = hutchinson_divergence(draws.probes, jacobian_product(draws.probes))
             errors = self._regression_errors(self.divergence, features, noisy_actions, draws.divergence, velocity, divergence)
             loss = errors.square().mean()
@@ -386,7 +393,7 @@ class MFPO(MeanFlowAlgorithm):
         two estimates that err upwards: the divergence network's where the policy is sharp, that of nearest neighbours where it
         has many coordinates.
 
-        :param features: The actor's state features, shape (B, features_dim)
+        :param features: The target actor's state features, shape (B, features_dim)
         :param action: The action that a_t is made from, shape (B, 1, d)
         :param log_prob: Log-probabilities by the divergence network in nats, shape (B, max(K1, 1))
         :param noise: Standard-normal noise that K3 actions start from, shape (B, K3, d)
@@ -395,7 +402,7 @@ class MFPO(MeanFlowAlgorithm):
         entropy = -log_prob.mean()
         if self.n_local_samples == 0:
             return action, entropy
-        samples = self.actor.flow(features.unsqueeze(1), noise)
+        samples = self.actor_target.flow(features.unsqueeze(1), noise)
         centres = th.cat([action, samples[:, 1:].clamp(-1, 1)], dim=1)
         return centres, th.minimum(entropy, nearest_neighbour_entropy(samples).mean())
 

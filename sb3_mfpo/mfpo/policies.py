@@ -25,9 +25,9 @@ DIVERGENCE_TYPES = ("mean_flow", "flow_matching", "exact")
 
 class AverageDivergenceNetwork(MeanFlowMLP):
     """
-    Average divergence of the actor's velocity field over [r, t] (ADN), for log-probabilities without a fine ODE solve.
+    Average divergence of the target actor's velocity field over [r, t] (ADN), for log-probabilities without a fine ODE solve.
 
-    It sees the state through the actor's features: the policy depends on the state through nothing else.
+    It sees the state through that actor's features: the policy depends on the state through nothing else.
     """
 
     optimizer: th.optim.Optimizer
@@ -35,7 +35,7 @@ class AverageDivergenceNetwork(MeanFlowMLP):
 
 class InstantaneousDivergence(nn.Module):
     """
-    Divergence of the actor's velocity at t in place of its average over [r, t]: the ablation without an ADN.
+    Divergence of an actor's velocity at t in place of its average over [r, t]: the ablation without an ADN.
 
     The log-probability is then that of an Euler solve with the sampling steps, and d Jacobian-vector products per step
     replace one network.
@@ -112,10 +112,10 @@ class MFPOPolicy(MeanFlowPolicy):
     def _build(self, lr_schedule: Schedule) -> None:
         super()._build(lr_schedule)
         if self.divergence_type == "exact":
-            self.divergence = InstantaneousDivergence(self.actor)
+            self.divergence = InstantaneousDivergence(self.actor_target)
             return
         self.divergence = AverageDivergenceNetwork(
-            self.actor.features_extractor.features_dim,
+            self.actor_target.features_extractor.features_dim,
             get_action_dim(self.action_space),
             output_dim=1,
             **self.network_arguments(get_actor_critic_arch(self.net_arch)[0]),
@@ -131,12 +131,12 @@ class MFPOPolicy(MeanFlowPolicy):
         """
         Carry noise to actions in ``sampling_steps`` steps, with the change of log-density.
 
-        :param features: The actor's state features, shape (B, ..., features_dim), broadcast against ``noise``
+        :param features: The target actor's state features, shape (B, ..., features_dim), broadcast against ``noise``
         :param noise: Standard-normal noise, shape (B, ..., d)
         :return: Actions clipped to [-1, 1], shape (B, ..., d); log-density in nats of the actions before the clip (as in the
             authors' code), shape (B, ...)
         """
-        network, times = self.actor.network, self.actor.sampling_times
+        network, times = self.actor_target.network, self.actor_target.sampling_times
         actor_intervals, divergence_intervals = embed_grid(network, times), embed_grid(self.divergence, times)
 
         def flow(features: th.Tensor, noise: th.Tensor) -> tuple[th.Tensor, ...]:
@@ -156,17 +156,18 @@ class MFPOPolicy(MeanFlowPolicy):
         Carry noise to actions by an Euler solve of the instantaneous velocity, with its exact divergence: what ``sample``
         approximates in few steps.
 
-        :param features: The actor's state features, shape (B, ..., features_dim), broadcast against ``noise``
+        :param features: The target actor's state features, shape (B, ..., features_dim), broadcast against ``noise``
         :param noise: Standard-normal noise, shape (B, ..., d)
         :param n_steps: Number of steps, between which time is spaced as for ``sample``
         :return: Actions clipped to [-1, 1], shape (B, ..., d); log-density in nats before the clip, shape (B, ...); the latter
             without gradient
         """
-        times = sampling_grid(n_steps, self.actor.sampling_power).to(noise.device)
-        instants = self.actor.network.embed(times[:-1, None], th.zeros_like(times[:-1, None])).split(1)
-        exact = InstantaneousDivergence(self.actor)
+        network = self.actor_target.network
+        times = sampling_grid(n_steps, self.actor_target.sampling_power).to(noise.device)
+        instants = network.embed(times[:-1, None], th.zeros_like(times[:-1, None])).split(1)
+        exact = InstantaneousDivergence(self.actor_target)
         actions, log_prob = few_step_sample(
-            lambda noisy_actions, k: self.actor.network(features, noisy_actions, instants[k]),
+            lambda noisy_actions, k: network(features, noisy_actions, instants[k]),
             noise,
             times,
             lambda noisy_actions, k: exact(features, noisy_actions, times[k, None]),
@@ -183,8 +184,8 @@ class MFPOPolicy(MeanFlowPolicy):
         :return: Actions scaled to [-1, 1], shape (B, d); log-probabilities in nats of the scaled actions before they are
             clipped to the bounds, shape (B,)
         """
-        features = self.actor.encode(obs)
-        return self.sample(features, self.actor.draw_noise(features) if noise is None else noise)
+        features = self.actor_target.encode(obs)
+        return self.sample(features, self.actor_target.draw_noise(features) if noise is None else noise)
 
     def _networks(self) -> list[nn.Module]:
         return [self.actor, self.divergence, self.critic]

@@ -99,6 +99,7 @@ class SOM(MeanFlowAlgorithm):
     :param score_norm: Length w that all scores are normalised to, as stated in the paper; None leaves them as they are
     :param path: Path from actions to noise, "linear" or "vp" (variance-preserving, as stated in the paper)
     :param adaptive_loss: Whether to weight each state's squared error by 1 / (its sum + 0.001), as stated in the paper
+    :param actor_tau: Soft update coefficient in (0, 1] of the target actor, which acts; 1 makes it the actor itself
     :param intervals: Time intervals that the flow is trained on: "any", as in the paper, or those of the sampler's steps
         ("grid"), as in MFPO
     :param equal_time_share: Share in [0, 1] of a batch with r = t, that is of plain flow matching
@@ -155,6 +156,7 @@ class SOM(MeanFlowAlgorithm):
         score_norm: float | None = None,
         path: str = "linear",
         adaptive_loss: bool = False,
+        actor_tau: float = 0.01,
         intervals: str = "any",
         equal_time_share: float = 0.25,
         uniform_time_share: float = 1.0,
@@ -180,6 +182,7 @@ class SOM(MeanFlowAlgorithm):
             replay_buffer_kwargs=replay_buffer_kwargs,
             optimize_memory_usage=optimize_memory_usage,
             n_steps=n_steps,
+            actor_tau=actor_tau,
             target_update_interval=target_update_interval,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
@@ -243,11 +246,11 @@ class SOM(MeanFlowAlgorithm):
         """
         # Critics: regression on the Bellman target of the policy as it is. SOM does not follow the entropy: no bonus on it.
         with th.no_grad():
-            next_actions = self.policy.act(self.actor.encode(batch.next_observations), draws.next_noise)
+            next_actions = self.policy.act(self.actor_target.encode(batch.next_observations), draws.next_noise)
         critic_loss, metrics = self._td_loss(batch, next_actions, entropy_bonus=next_actions.new_zeros(()))
         metrics["critic_loss"] = self._descend("critic_loss", critic_loss, self.critic.optimizer)
         if update_target:
-            self._update_target()
+            self._update_target(self.critic_target, self.critic, self.tau)
         if not improve_policy:
             return metrics
 
@@ -255,9 +258,8 @@ class SOM(MeanFlowAlgorithm):
         t = draws.actor.t
         path, velocity_of = PATHS[self.path]
         mu, sigma = path(t)
-        features = self.actor.encode(batch.observations)
         with th.no_grad():
-            actions = self.policy.act(features, draws.policy_noise)
+            actions = self.policy.act(self.actor_target.encode(batch.observations), draws.policy_noise)
         noisy_actions = paths.interpolate(actions, draws.actor.noise, mu, sigma)
 
         # Velocity field of the Boltzmann policy there
@@ -266,10 +268,12 @@ class SOM(MeanFlowAlgorithm):
         metrics["ess_gaussian"] = sample_size
 
         # Actor: mean-flow regression on this velocity
+        features = self.actor.encode(batch.observations)
         errors = self._regression_errors(self.actor, features, noisy_actions, draws.actor, velocity, velocity)
         squares = errors.square()
         loss = (mean_flow.adaptive_weights(errors) * squares).mean() if self.adaptive_loss else squares.mean()
         metrics["actor_loss"] = self._descend("actor_loss", loss, self.actor.optimizer)
+        self._update_target(self.actor_target, self.actor, self.actor_tau)
         return metrics
 
     @th.no_grad()

@@ -18,6 +18,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import GymEnv, ReplayBufferSamples, RolloutReturn, Schedule
 from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
+from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sb3_mfpo.checks import check_choice, check_integer, check_range
@@ -34,12 +35,13 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
     Off-policy actor-critic with a policy that carries noise to actions.
 
     An algorithm says what the randomness of a gradient step is (``_draw``) and what a step consists of (``_update``). It finds
-    the critics' loss (``_td_loss``), a guarded step down a loss (``_descend``) and the target critics' update here.
+    the critics' loss (``_td_loss``), a guarded step down a loss (``_descend``) and targets' updates (``_update_target``) here.
 
     :param policy: The policy model to use, or its alias
     :param env: The environment to learn from (if registered in Gym, can be str); a Box action space with finite bounds
     :param learning_rate: Learning rate of all optimizers
     :param args: Further arguments of SB3's ``OffPolicyAlgorithm``
+    :param actor_tau: Soft update coefficient of the target actor, in (0, 1]
     :param target_update_interval: Update the target critics every so many gradient steps
     :param critic_reduction: "min" or "mean" over the critics
     :param policy_delay: Update the policy every so many gradient steps
@@ -67,6 +69,7 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
         env: GymEnv | str,
         learning_rate: float | Schedule = 3e-4,
         *args: Any,
+        actor_tau: float = 1.0,
         target_update_interval: int = 1,
         critic_reduction: str = "min",
         policy_delay: int = 1,
@@ -84,6 +87,7 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
             support_multi_env=True,
             **kwargs,
         )
+        self.actor_tau = actor_tau
         self.target_update_interval = target_update_interval
         self.critic_reduction = critic_reduction
         self.policy_delay = policy_delay
@@ -105,6 +109,7 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
         check_integer("gradient_steps", self.gradient_steps, minimum=-1)
         for name in ("tau", "gamma"):
             check_range(name, getattr(self, name), 0, 1)
+        check_range("actor_tau", self.actor_tau, 0, 1, above=0)
         check_choice("critic_reduction", self.critic_reduction, CRITIC_REDUCTIONS)
         for name in ("compile_step", "allow_non_finite_observations"):
             check_choice(name, getattr(self, name), (True, False))
@@ -161,6 +166,11 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
     def actor(self) -> Any:  # type: ignore[override]
         """The policy's actor."""
         return self.policy.actor
+
+    @property
+    def actor_target(self) -> Any:
+        """The policy's target actor, which acts."""
+        return self.policy.actor_target
 
     @property
     def critic(self) -> Critic:
@@ -281,7 +291,7 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
         self, batch: ReplayBufferSamples, draws: Any, update_target: bool = True, improve_policy: bool = True
     ) -> Metrics:
         """
-        One step of the critics and, if asked for, of their targets and of the policy.
+        One step of the critics and, if asked for, of their targets and of the policy: actor and target actor.
 
         :param batch: Sample of a replay buffer
         :param draws: The step's randomness
@@ -357,11 +367,15 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
             )
 
     @th.compiler.disable
-    def _update_target(self) -> None:
-        get_ema_multi_avg_fn(1 - self.tau)(list(self.critic_target.parameters()), list(self.critic.parameters()), None)
+    def _update_target(self, target: nn.Module, online: nn.Module, tau: float) -> None:
+        """
+        :param target: Network that follows
+        :param online: Network that is trained
+        :param tau: Soft update coefficient in [0, 1]
+        """
+        get_ema_multi_avg_fn(1 - tau)(list(target.parameters()), list(online.parameters()), None)
         # Running statistics of batch normalisation are copied, as in SAC
-        online, target = (get_parameters_by_name(critic, ["running_"]) for critic in (self.critic, self.critic_target))
-        polyak_update(online, target, 1.0)
+        polyak_update(get_parameters_by_name(online, ["running_"]), get_parameters_by_name(target, ["running_"]), 1.0)
 
     def _optimizers(self) -> list[th.optim.Optimizer]:
         return [self.actor.optimizer, self.critic.optimizer]

@@ -87,7 +87,7 @@ class HealthCallback(BaseCallback):
         noise = th.randn(self.n_states, policy.candidate_noise.shape[1], generator=generator).to(model.device)
 
         policy.set_training_mode(False)
-        features = policy.actor.encode(observations)
+        features = policy.actor_target.encode(observations)
         actions, result = policy.act(features, noise), {}
         # SOM has no log-probabilities
         if hasattr(policy, "divergence"):
@@ -97,10 +97,10 @@ class HealthCallback(BaseCallback):
             result["log_prob_error"] = difference.abs().mean().item()
             self._warn_of_bias(result["log_prob_bias"], noise.shape[1])
         critic_features = policy.critic.encode(observations)
-        actor_inputs = (noise, features, policy.actor.network.embed(*th.ones(2, 1, device=model.device)))
+        actor_inputs = (noise, features, policy.actor_target.network.embed(*th.ones(2, 1, device=model.device)))
         result |= {
             "actions_at_bounds": (actions.abs() == 1).float().mean().item(),
-            "dead_units_actor": self._dead_units([policy.actor.network], actor_inputs),
+            "dead_units_actor": self._dead_units([policy.actor_target.network], actor_inputs),
             "dead_units_critic": self._dead_units(policy.critic.q_networks, (critic_features, actions)),
         }
         if isinstance(policy.critic, CategoricalCritic):

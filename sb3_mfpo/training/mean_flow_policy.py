@@ -40,6 +40,7 @@ class MeanFlowPolicy(GenerativePolicy):
     """
 
     actor: MeanFlowActor
+    actor_target: MeanFlowActor
     # "mean_flow" (average velocity over an interval) or "flow_matching" (velocity at its start)
     actor_type: str = "mean_flow"
 
@@ -92,12 +93,13 @@ class MeanFlowPolicy(GenerativePolicy):
     @property
     def sampling_steps(self) -> int:
         """Number of steps from noise to action; may be changed at any time, also on a trained model."""
-        return self.actor.sampling_steps
+        return self.actor_target.sampling_steps
 
     @sampling_steps.setter
     def sampling_steps(self, value: int) -> None:
         check_integer("sampling_steps", value, 1)
         self.actor.sampling_steps = value
+        self.actor_target.sampling_steps = value
 
     def network_arguments(self, net_arch: Sequence[int]) -> dict[str, Any]:
         """

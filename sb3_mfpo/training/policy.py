@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -101,7 +102,8 @@ def latin_hypercube_noise(n_points: int, dim: int) -> th.Tensor:
 class GenerativePolicy(BasePolicy):
     """
     Policy with critics and an actor that carries noise to actions, whatever the actor is. A subclass makes the actor
-    (``make_actor``) and ends its constructor with ``_build``.
+    (``make_actor``) and ends its constructor with ``_build``. What is trained is ``actor`` and ``critic``; ``actor_target``,
+    which acts, and ``critic_target`` follow them.
 
     :param observation_space: Observation space
     :param action_space: Action space
@@ -133,6 +135,7 @@ class GenerativePolicy(BasePolicy):
 
     action_space: spaces.Box
     actor: GenerativeActor
+    actor_target: GenerativeActor
     critic: Critic
     critic_target: Critic
     candidate_noise: th.Tensor
@@ -243,7 +246,7 @@ class GenerativePolicy(BasePolicy):
     @n_action_candidates.setter
     def n_action_candidates(self, value: int) -> None:
         check_integer("n_action_candidates", value, 1)
-        self.candidate_noise = latin_hypercube_noise(value, self.actor.noise_dim).to(self.device)
+        self.candidate_noise = latin_hypercube_noise(value, self.actor_target.noise_dim).to(self.device)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # The number of candidates is a setting: take that of the checkpoint
@@ -259,6 +262,8 @@ class GenerativePolicy(BasePolicy):
         """
         actor_arch, critic_arch = get_actor_critic_arch(self.net_arch)
         self.actor = self.make_actor(actor_arch).to(self.device)
+        self.actor_target = copy.deepcopy(self.actor)
+        self.actor_target.set_training_mode(False)
         self.actor.optimizer = self._make_optimizer(self.actor.parameters(), lr_schedule)
         self.n_action_candidates = len(self.candidate_noise)
 
@@ -326,11 +331,11 @@ class GenerativePolicy(BasePolicy):
         """
         Carry noise to actions.
 
-        :param features: The actor's state features, shape (B, ..., features_dim), broadcast against ``noise``
+        :param features: The target actor's state features, shape (B, ..., features_dim), broadcast against ``noise``
         :param noise: Standard-normal noise, shape (B, ..., noise_dim)
         :return: Actions in [-1, 1], shape (B, ..., d)
         """
-        return self.actor.act(features, noise)
+        return self.actor_target.act(features, noise)
 
     def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
         return self.actor.unscale_action(scaled_action)
@@ -339,7 +344,7 @@ class GenerativePolicy(BasePolicy):
         return self._predict(obs, deterministic=deterministic)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        return self._best_candidates(observation) if deterministic else self.actor(observation)
+        return self._best_candidates(observation) if deterministic else self.actor_target(observation)
 
     def _best_candidates(self, observation: PyTorchObs) -> th.Tensor:
         """
@@ -349,7 +354,7 @@ class GenerativePolicy(BasePolicy):
         :param observation: Batch of observations
         :return: Actions in [-1, 1], shape (B, d)
         """
-        candidates = self.actor(observation, noise=self.candidate_noise)
+        candidates = self.actor_target(observation, noise=self.candidate_noise)
         # Sizes are no plain numbers in `torch.jit.trace`
         if not is_traced() and candidates.shape[1] == 1:
             return candidates.squeeze(1)
@@ -385,14 +390,15 @@ class GenerativePolicy(BasePolicy):
 
     def set_training_mode(self, mode: bool) -> None:
         """
-        Put the policy in either training or evaluation mode, which affects batch normalisation and dropout. The target
-        critics always stay in evaluation mode.
+        Put the policy in either training or evaluation mode, which affects batch normalisation and dropout. The targets
+        always stay in evaluation mode.
 
         :param mode: Training mode if true, else evaluation mode
         """
         for network in self._networks():
             _set_mode(network, mode)
-        _set_mode(self.critic_target, False)
+        for target in (self.actor_target, self.critic_target):
+            _set_mode(target, False)
         if self.training != mode:
             self.training = mode
 
