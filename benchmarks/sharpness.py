@@ -1,5 +1,5 @@
 """
-What each difference from the paper is worth on the gates (examples/gates.py): all of them, all but one, and none.
+What each difference from the paper is worth on the gates (examples/gates.py): all of them, all but one, one, and none.
 
 A row per variant and seed is appended to a table: success and routes of single samples as trained, in two and in twenty steps,
 and of the best of ten; the temperature; what the entropy is said to be and what it is by a histogram; by how much the
@@ -27,9 +27,17 @@ import gates
 
 from sb3_mfpo import MFPO
 
+PAPER = MFPO.PAPER
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "defaults": ("MFPO", {}),
-    "paper": ("MFPO", MFPO.PAPER),
+    "paper": ("MFPO", PAPER),
+    "features alone": ("MFPO", {**PAPER, "policy_kwargs": dict(sampling_power=1.0)}),
+    "intervals alone": ("MFPO", {**PAPER, "intervals": "grid", "policy_kwargs": dict(action_fourier_dim=0)}),
+    "times alone": ("MFPO", {**PAPER, "uniform_time_share": 0.5, "equal_time_share": 0.5}),
+    "three remedies": (
+        "MFPO",
+        dict(n_policy_samples=16, n_gaussian_samples=32, n_local_samples=0, ent_coef_rate=1.0, actor_tau=1.0),
+    ),
     "no features": ("MFPO", dict(policy_kwargs=dict(action_fourier_dim=0))),
     "any intervals": ("MFPO", dict(intervals="any")),
     "no uniform times": ("MFPO", dict(uniform_time_share=0.0)),

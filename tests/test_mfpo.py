@@ -25,7 +25,7 @@ def test_defaults() -> None:
     assert make_model(MFPO, target_entropy=0.7).target_entropy == 0.7
     assert model._temperature().item() == pytest.approx(0.01)
     assert (model.n_policy_samples, model.n_gaussian_samples, model.n_local_samples) == (0, 36, 12)
-    assert (model.n_probes, model.ent_coef_rate) == (2, 3.0)
+    assert (model.n_probes, model.ent_coef_rate, model.actor_tau) == (2, 3.0, 0.01)
     assert (model.intervals, model.equal_time_share, model.uniform_time_share) == ("grid", 0.5, 0.5)
     assert (model.time_mean, model.time_std) == (-0.4, 1.0)
     assert (model.critic_reduction, model.policy_delay, model.target_update_interval) == ("min", 1, 1)
@@ -42,9 +42,9 @@ def test_defaults() -> None:
 
 def test_the_papers_settings() -> None:
     model = MFPO("MlpPolicy", RandomEnv(), buffer_size=10, device="cpu", **MFPO.PAPER)
-    # No other proposals, the entropy by the divergence network, one learning rate
+    # No other proposals, the entropy by the divergence network, one learning rate, no average
     assert (model.n_policy_samples, model.n_gaussian_samples, model.n_local_samples) == (16, 32, 0)
-    assert (model.n_probes, model.ent_coef_rate) == (2, 1.0)
+    assert (model.n_probes, model.ent_coef_rate, model.actor_tau) == (2, 1.0, 1.0)
     # Logit-normal pairs, a quarter of them with r < t
     assert (model.intervals, model.equal_time_share, model.uniform_time_share) == ("any", 0.75, 0.0)
     assert (model.time_mean, model.time_std) == (-0.4, 1.0)

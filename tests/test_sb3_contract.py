@@ -1259,6 +1259,7 @@ VARIANTS: dict[Algorithm, list[dict[str, Any]]] = {
         dict(n_local_samples=0),
         dict(n_policy_samples=5, n_gaussian_samples=0, n_local_samples=0),
         dict(ent_coef_rate=0.5),
+        dict(actor_tau=1.0),
         dict(ent_coef=0.3),
         dict(n_probes=4),
     ],
