@@ -22,8 +22,9 @@ SMALL_POLICY: dict[str, Any] = dict(
     time_embedding_dim=6,
     action_fourier_dim=10,
     n_atoms=11,
-    v_min=-300,
-    v_max=300,
+    # Values that differ from the start, in a range that holds them
+    value_init="uniform",
+    value_range=300.0,
 )
 COMMON: dict[str, Any] = dict(learning_starts=10, buffer_size=500, batch_size=8, device="cpu")
 SMALL: dict[Algorithm, dict[str, Any]] = {

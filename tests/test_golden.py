@@ -280,8 +280,8 @@ def critic_gradients(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
 def critic_at_default_support(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
     out = {}
     n_atoms = g["target101/logits_1"].shape[1]
-    # The default support is that of the policy's defaults
-    model = MFPO("MlpPolicy", RandomEnv(), buffer_size=10, device="cpu")
+    # The default support is that of the paper's settings
+    model = MFPO("MlpPolicy", RandomEnv(), buffer_size=10, device="cpu", **MFPO.PAPER)
     atoms = model.critic.atoms
     assert len(atoms) == n_atoms
     positions = categorical.bellman_atoms(

@@ -31,7 +31,9 @@ def test_defaults() -> None:
     assert (model.critic_reduction, model.policy_delay, model.target_update_interval) == ("min", 1, 1)
     policy = model.policy
     assert (policy.sampling_steps, policy.n_action_candidates, len(policy.critic.q_networks)) == (2, 10, 2)
-    assert th.equal(policy.critic.atoms, th.linspace(-1600, 1600, 101))
+    # Values start around 0, in a range that follows the returns
+    assert th.equal(policy.critic.atoms, th.linspace(-20, 20, 101)) and policy.v_min is None
+    assert (policy.value_init, policy.value_range) == ("narrow", 20.0)
     assert policy.net_arch == [256, 256, 256]
     assert policy.actor.sampling_times.tolist() == [1, 0.25, 0]
     assert policy.action_fourier_std == 0.5
@@ -49,6 +51,7 @@ def test_the_papers_settings() -> None:
     assert (model.intervals, model.equal_time_share, model.uniform_time_share) == ("any", 0.75, 0.0)
     assert (model.time_mean, model.time_std) == (-0.4, 1.0)
     policy = model.policy
+    assert th.equal(policy.critic.atoms, th.linspace(-1600, 1600, 101)) and policy.value_init == "uniform"
     # Equal steps, [action, state, time]
     assert policy.actor.sampling_times.tolist() == [1, 0.5, 0]
     assert policy.actor.network.input_layer.weight.shape == (256, 2 + 3 + 64)
@@ -66,7 +69,7 @@ def test_temperature_learns_at_its_own_rate() -> None:
         assert rates[:-1] == pytest.approx([1e-3 * (1 + progress)] * 3)
     # Adam's first step is as long as its rate
     model = make_model(MFPO, seed=0, learning_rate=1e-3, ent_coef_rate=4.0, ent_coef="auto_0.1").learn(11)
-    assert abs(math.log(model._temperature().item() / 0.1)) == pytest.approx(4e-3, rel=1e-3)
+    assert abs(model.log_ent_coef.item() - math.log(0.1)) == pytest.approx(4e-3, rel=1e-3)
 
 
 def test_local_proposals_follow_the_policy_where_actions_have_many_coordinates() -> None:

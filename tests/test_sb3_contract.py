@@ -290,9 +290,7 @@ def test_policies_of_ones_own(algorithm: Algorithm, tmp_path: Path, kind: str) -
         "partial": partial(base, n_critics=3),
         "function": lambda *args, **kwargs: base(*args, n_critics=3, **kwargs),
     }
-    policy_kwargs = {name: value for name, value in SMALL_POLICY.items() if name not in ("v_min", "v_max")}
-    if kind == "defaults of its own":
-        policy_kwargs |= dict(v_min=None)
+    policy_kwargs = SMALL_POLICY | (dict(v_min=None) if kind == "defaults of its own" else {})
     model = algorithm(policies[kind], RandomEnv(), **SMALL[algorithm], policy_kwargs=policy_kwargs).learn(20)
     assert len(model.critic.q_networks) == 3
     model.save(tmp_path / "model")
@@ -381,7 +379,7 @@ def test_deterministic_actions_are_the_best_of_their_states_in_any_batch(algorit
         candidates = [policy.act(features, noise.expand(300, 2)) for noise in policy.candidate_noise]
         values = th.stack([th.cat(policy.critic_target(observations, action), dim=1).amin(dim=1) for action in candidates])
         value = th.cat(policy.critic_target(observations, chosen), dim=1).amin(dim=1)
-    value_range = policy.v_max - policy.v_min
+    value_range = policy.critic.atoms[-1] - policy.critic.atoms[0]
     assert (value - values.amax(dim=0)).abs().max() < 1e-4 * value_range
     distances = th.stack([(chosen - action).abs().amax(dim=1) for action in candidates])
     assert distances.amin(dim=0).max() < 1e-5
@@ -1334,7 +1332,7 @@ def test_gym_id_string(algorithm: Algorithm) -> None:
             "MlpPolicy",
             "Pendulum-v1",
             buffer_size=100,
-            policy_kwargs={**SMALL_POLICY, "v_min": -2000},
+            policy_kwargs=SMALL_POLICY,
             learning_starts=5,
             batch_size=4,
         )

@@ -88,8 +88,8 @@ class MFPO(MeanFlowAlgorithm):
     :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation
     :param optimize_memory_usage: Enable a memory efficient variant of the replay buffer at a cost of more complexity
     :param n_steps: When n_steps > 1, uses n-step returns (with the ``NStepReplayBuffer``)
-    :param ent_coef: Temperature alpha > 0. ``"auto_0.01"`` learns it from the initial value 0.01, ``"auto"`` from 1 as in
-        SAC; a float fixes it.
+    :param ent_coef: Temperature alpha > 0. ``"auto_0.01"`` learns it, from 0.01 scales of the returns (of 1 if ``v_min`` and
+        ``v_max`` are given), ``"auto"`` from 1 as in SAC; a float fixes it, in units of return.
     :param target_update_interval: Update the target critics every so many gradient steps
     :param target_entropy: Entropy in nats of the scaled action that a learned temperature aims at; ``"auto_0.3"`` is -0.3
         times the number of action coordinates, and ``"auto"`` is ``"auto_0.5"`` (the paper's rho)
@@ -150,7 +150,7 @@ class MFPO(MeanFlowAlgorithm):
         intervals="any",
         equal_time_share=0.75,
         uniform_time_share=0.0,
-        policy_kwargs=dict(action_fourier_dim=0, sampling_power=1.0),
+        policy_kwargs=dict(action_fourier_dim=0, sampling_power=1.0, v_min=-1600.0, v_max=1600.0, value_init="uniform"),
     )
 
     def __init__(
@@ -409,7 +409,7 @@ class MFPO(MeanFlowAlgorithm):
     def _temperature(self) -> th.Tensor:
         if self.log_ent_coef is None:
             return self.ent_coef_tensor
-        return self.log_ent_coef.detach().exp().squeeze()
+        return self.log_ent_coef.detach().exp().squeeze() * self.critic.scale
 
     @th.no_grad()
     def _boltzmann_velocity(

@@ -22,7 +22,8 @@ from sb3_mfpo.nets.layers import MultiInputMLP, in_chunks
 
 class Critic(BaseModel):
     """
-    Ensemble of Q-networks on [state features, action].
+    Ensemble of Q-networks on [state features, action]. They learn values in units of ``scale``, and give them in units of
+    return.
 
     :param observation_space: Observation space
     :param action_space: Action space
@@ -38,6 +39,7 @@ class Critic(BaseModel):
     """
 
     features_extractor: BaseFeaturesExtractor
+    scale: th.Tensor
 
     def __init__(
         self,
@@ -57,10 +59,19 @@ class Critic(BaseModel):
             observation_space, action_space, features_extractor=features_extractor, normalize_images=normalize_images
         )
         self.share_features_extractor = share_features_extractor
+        self.register_buffer("scale", th.ones(()))
         self.q_networks = nn.ModuleList(
             MultiInputMLP([features_dim, get_action_dim(action_space)], 0, output_dim, net_arch, activation_fn, layer_norm)
             for _ in range(n_critics)
         )
+
+    def rescale(self, scale: float) -> None:
+        """
+        Change the unit of what the networks learn. What they have learned changes in proportion.
+
+        :param scale: In units of return, above 0
+        """
+        self.scale.fill_(scale)
 
     def encode(self, observations: PyTorchObs) -> th.Tensor:
         """
@@ -159,23 +170,30 @@ class CategoricalCritic(Critic):
     """
     Q-networks that predict a categorical distribution of the soft return (C51).
 
-    :param atoms: Support, evenly spaced, in units of return, shape (n_atoms,)
+    :param grid: Support, evenly spaced, in units of the scale, shape (n_atoms,)
     :param value_init: "narrow" starts with a narrow distribution around 0 for all states and actions, "uniform" with random
         ones near the uniform one
     :param kwargs: Those of ``Critic`` but ``output_dim``
     """
 
+    grid: th.Tensor
+    # In units of return
     atoms: th.Tensor
 
-    def __init__(self, *, atoms: th.Tensor, value_init: str, **kwargs: Any):
-        super().__init__(output_dim=len(atoms), **kwargs)
-        self.register_buffer("atoms", atoms)
+    def __init__(self, *, grid: th.Tensor, value_init: str, **kwargs: Any):
+        super().__init__(output_dim=len(grid), **kwargs)
+        self.register_buffer("grid", grid)
+        self.register_buffer("atoms", grid.clone())
         if value_init == "narrow":
             for q_network in self.q_networks:
                 output_layer: Any = [q_network.input_layer, *q_network.body][-1]  # type: ignore[misc]
                 nn.init.zeros_(output_layer.weight)
                 with th.no_grad():
-                    output_layer.bias.copy_(categorical.narrow_logits(atoms))
+                    output_layer.bias.copy_(categorical.narrow_logits(grid))
+
+    def rescale(self, scale: float) -> None:
+        super().rescale(scale)
+        th.mul(self.grid, self.scale, out=self.atoms)
 
     def expected_return(self, outputs: th.Tensor) -> th.Tensor:
         return categorical.expected_value(outputs.softmax(dim=-1), self.atoms)
@@ -205,14 +223,15 @@ class ScalarCritic(Critic):
         super().__init__(output_dim=1, **kwargs)
 
     def expected_return(self, outputs: th.Tensor) -> th.Tensor:
-        return outputs.squeeze(-1)
+        return outputs.squeeze(-1) * self.scale
 
     def bellman_target(
         self, outputs: th.Tensor, rewards: th.Tensor, discounts: th.Tensor, entropy_bonus: th.Tensor, reduction: str
     ) -> tuple[th.Tensor, th.Tensor]:
-        next_values = categorical.reduce_values(outputs, reduction)
+        next_values = categorical.reduce_values(outputs * self.scale, reduction)
         return rewards + discounts * (next_values + entropy_bonus), rewards.new_zeros(())
 
     def loss(self, outputs: th.Tensor, target: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         # The factor is SB3's (SAC): the gradient of half the squared error is the error
-        return 0.5 * F.mse_loss(outputs, target.expand_as(outputs)) * len(outputs), outputs.detach().mean()
+        loss = 0.5 * F.mse_loss(outputs, (target / self.scale).expand_as(outputs)) * len(outputs)
+        return loss, self.expected_return(outputs.detach()).mean()

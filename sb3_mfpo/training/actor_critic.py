@@ -26,6 +26,7 @@ from sb3_mfpo.nets.critics import Critic
 from sb3_mfpo.runs.algorithm import ResumableAlgorithm
 from sb3_mfpo.training.guards import check_finite, check_observation, naming_workers_that_ended
 from sb3_mfpo.training.policy import CRITIC_REDUCTIONS, GenerativePolicy
+from sb3_mfpo.training.return_scale import ReturnScale
 
 Metrics = dict[str, th.Tensor]
 
@@ -58,6 +59,8 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
     policy_base: ClassVar[type[GenerativePolicy]]
     # Share of the target's mass beyond the support from which a user should know
     MAX_CLIPPED_MASS = 0.01
+    # By how much one reward may raise the scale of the returns while learning, before a user should know
+    MAX_SCALE_JUMP = 10.0
     # Gradient steps after which what they recorded is brought to the CPU: seldom, but not only at the end of a million
     READ_EVERY = 1000
     # Half-width of the action space beyond which it is probably not meant
@@ -95,6 +98,8 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
         self.allow_non_finite_observations = allow_non_finite_observations
         self._rollout_timesteps = 0
         self._warned_of_clipping = False
+        # None where the range of the values is fixed
+        self.return_scale: ReturnScale | None = None
 
     def _check_arguments(self) -> None:
         """
@@ -157,6 +162,16 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
         if not isinstance(self.policy, self.policy_base):
             raise self._wrong_policy()
         self.policy.critic_reduction = self.critic_reduction
+        # A loaded model has one already
+        if self.policy.v_min is None and self.return_scale is None:
+            self.return_scale = ReturnScale(self.policy.value_range)
+        normalizer = self._vec_normalize_env
+        if self.return_scale is not None and normalizer is not None and normalizer.norm_reward:
+            warnings.warn(
+                f"`VecNormalize` divides the rewards by their scale, as {type(self).__name__} does, and clips them at "
+                f"{normalizer.clip_reward:g}. Give it `norm_reward=False`.",
+                stacklevel=4,
+            )
         # 1 from the first loss on that is not finite, where losses are looked at late
         self._found_inf = th.zeros((), device=self.device)
 
@@ -226,7 +241,23 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
             if dones[i] and (last := info.get("terminal_observation")) is not None:
                 rows = {key: [value] for key, value in last.items()} if isinstance(last, Mapping) else [last]
                 self._check_observation("terminal observation", rows, first_env=i)
+        self._follow_returns(reward)
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+
+    def _follow_returns(self, reward: np.ndarray) -> None:
+        if self.return_scale is None:
+            return
+        before = self.return_scale.value
+        learning = self.return_scale.known and self._n_updates > 0
+        self.return_scale.update(reward, self._episode_starts, self.gamma)
+        if learning and self.return_scale.value > self.MAX_SCALE_JUMP * before:
+            warnings.warn(
+                f"The rewards {reward} at step {self.num_timesteps} raised the scale of the returns from {before:g} to "
+                f"{self.return_scale.value:g}, which blurs the values learned so far: it does not fall again. If they are "
+                "outliers, clip them (`gymnasium.wrappers.TransformReward`), or fix the range of the values: "
+                "`policy_kwargs=dict(v_min=..., v_max=...)`.",
+                stacklevel=2,
+            )
 
     def _check_observation(self, what: str, rows: Any, first_env: int = 0) -> None:
         check_observation(
@@ -249,6 +280,10 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
         self.policy.set_training_mode(True)
         self._update_learning_rate(self._optimizers())
         self._found_inf.zero_()
+        if self.return_scale is not None:
+            self.logger.record("train/return_scale", self.return_scale.value)
+            for critic in (self.critic, self.critic_target):
+                critic.rescale(self.return_scale.value)
 
         totals: defaultdict[str, float] = defaultdict(float)
         counts: Counter[str] = Counter()
@@ -407,11 +442,13 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
             self.logger.record(f"train/{name}", value)
         if metrics.get("clipped_target_mass", 0.0) > self.MAX_CLIPPED_MASS and not self._warned_of_clipping:
             self._warned_of_clipping = True
+            atoms: Any = self.critic.atoms
+            low, high = atoms[0].item(), atoms[-1].item()
+            wider = "a higher `value_range`" if self.policy.v_min is None else "lower `v_min` or higher `v_max`"
             warnings.warn(
-                f"{metrics['clipped_target_mass']:.1%} of the value targets' mass lies outside of [v_min, v_max] = "
-                f"[{self.policy.v_min:g}, {self.policy.v_max:g}] and is clipped (gradient step {self._n_updates}): returns "
-                "beyond are not told apart. Widen them, `policy_kwargs=dict(v_min=..., v_max=...)`, scale the rewards "
-                '(`VecNormalize`), or use `policy_kwargs=dict(critic_type="scalar")`.',
+                f"{metrics['clipped_target_mass']:.1%} of the value targets' mass lies outside of [{low:g}, {high:g}] and is "
+                f"clipped (gradient step {self._n_updates}): returns beyond are not told apart. Give {wider} in "
+                '`policy_kwargs`, or use `policy_kwargs=dict(critic_type="scalar")`.',
                 stacklevel=2,
             )
 

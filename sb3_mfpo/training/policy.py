@@ -42,6 +42,7 @@ ARGUMENTS = (
     "n_atoms",
     "v_min",
     "v_max",
+    "value_range",
     "value_init",
     "critic_reduction",
     "features_extractor_class",
@@ -50,8 +51,6 @@ ARGUMENTS = (
     "optimizer_kwargs",
     "share_features_extractor",
 )
-# The paper's value range
-V_MIN, V_MAX = -1600.0, 1600.0
 
 
 def _check_activation(activation_fn: Any) -> None:
@@ -115,10 +114,13 @@ class GenerativePolicy(BasePolicy):
         action that the centre of the noise leads to
     :param n_critics: Number of critic networks
     :param n_atoms: Number of atoms of the value distribution
-    :param v_min: Lowest atom, in units of (soft, discounted) return
-    :param v_max: Highest atom, in units of (soft, discounted) return
-    :param value_init: What the value distributions start as: "uniform" (nearly so, as in MFPO's paper) or "narrow" (around 0),
-        which does not wait for them to narrow, see :func:`sb3_mfpo.maths.categorical.narrow_logits`
+    :param v_min: Lowest atom, in units of (soft, discounted) return; with ``v_max``, fixes the range of the values. By default
+        it follows the returns.
+    :param v_max: Highest atom
+    :param value_range: Half-width of a range that follows the returns, in units of their scale, see
+        :class:`sb3_mfpo.training.return_scale.ReturnScale`
+    :param value_init: What the value distributions start as: "narrow" (around 0) or "uniform" (nearly so, as in MFPO's paper),
+        which waits for them to narrow, see :func:`sb3_mfpo.maths.categorical.narrow_logits`
     :param critic_reduction: "min" or "mean" over the critics when candidates are compared; set by the algorithm
     :param features_extractor_class: Features extractor to use; by default one that suits the policy's kind of observations
         (``FlattenExtractor``, ``NatureCNN``, ``CombinedExtractor``)
@@ -152,9 +154,10 @@ class GenerativePolicy(BasePolicy):
         n_action_candidates: int = 10,
         n_critics: int = 2,
         n_atoms: int = 101,
-        v_min: float = V_MIN,
-        v_max: float = V_MAX,
-        value_init: str = "uniform",
+        v_min: float | None = None,
+        v_max: float | None = None,
+        value_range: float = 20.0,
+        value_init: str = "narrow",
         critic_reduction: str = "min",
         features_extractor_class: type[BaseFeaturesExtractor] | None = None,
         features_extractor_kwargs: dict[str, Any] | None = None,
@@ -172,6 +175,7 @@ class GenerativePolicy(BasePolicy):
             n_atoms=n_atoms,
             v_min=v_min,
             v_max=v_max,
+            value_range=value_range,
             value_init=value_init,
             critic_reduction=critic_reduction,
             optimizer_class=optimizer_class,
@@ -195,6 +199,7 @@ class GenerativePolicy(BasePolicy):
         self.n_atoms = n_atoms
         self.v_min = v_min
         self.v_max = v_max
+        self.value_range = value_range
         self.value_init = value_init
         self.critic_reduction = critic_reduction
         self.share_features_extractor = share_features_extractor
@@ -217,14 +222,9 @@ class GenerativePolicy(BasePolicy):
         for name, choices in CHOICES.items():
             if name in kwargs:
                 check_choice(name, kwargs[name], choices)
-        v_min, v_max = kwargs.get("v_min", V_MIN), kwargs.get("v_max", V_MAX)
-        check_range("v_min", v_min)
-        check_range("v_max", v_max)
-        if v_min >= v_max:
-            raise ValueError(
-                f"`v_min` must be below `v_max`, not v_min={v_min}, v_max={v_max}. They should enclose all discounted returns "
-                "of the task."
-            )
+        if "value_range" in kwargs:
+            check_range("value_range", kwargs["value_range"], above=0)
+        cls._check_fixed_range(kwargs.get("v_min"), kwargs.get("v_max"))
         if kwargs.get("net_arch") is not None:
             for arch in get_actor_critic_arch(kwargs["net_arch"]):
                 for width in arch:
@@ -232,6 +232,23 @@ class GenerativePolicy(BasePolicy):
         if "activation_fn" in kwargs:
             _check_activation(kwargs["activation_fn"])
         _check_optimizer(kwargs.get("optimizer_class", th.optim.Adam), kwargs.get("optimizer_kwargs") or {})
+
+    @staticmethod
+    def _check_fixed_range(v_min: Any, v_max: Any) -> None:
+        if v_min is None and v_max is None:
+            return
+        if v_min is None or v_max is None:
+            raise ValueError(
+                f"`v_min` and `v_max` go together, not v_min={v_min}, v_max={v_max}: give both for a fixed range of the "
+                "values, or neither for one that follows the returns."
+            )
+        check_range("v_min", v_min)
+        check_range("v_max", v_max)
+        if v_min >= v_max:
+            raise ValueError(
+                f"`v_min` must be below `v_max`, not v_min={v_min}, v_max={v_max}. They should enclose all discounted returns "
+                "of the task."
+            )
 
     @property
     def device(self) -> th.device:
@@ -321,8 +338,10 @@ class GenerativePolicy(BasePolicy):
         )
         if self.critic_type == "scalar":
             return ScalarCritic(**kwargs).to(self.device)
-        atoms = th.linspace(self.v_min, self.v_max, self.n_atoms)
-        return CategoricalCritic(**kwargs, atoms=atoms, value_init=self.value_init).to(self.device)
+        fixed = self.v_min is not None and self.v_max is not None
+        ends = (self.v_min, self.v_max) if fixed else (-self.value_range, self.value_range)
+        grid = th.linspace(*ends, self.n_atoms)  # type: ignore[arg-type]
+        return CategoricalCritic(**kwargs, grid=grid, value_init=self.value_init).to(self.device)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return super()._get_constructor_parameters() | {name: getattr(self, name) for name in ARGUMENTS}

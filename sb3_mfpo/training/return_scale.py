@@ -1,0 +1,54 @@
+"""The scale of a task's discounted returns, as seen so far: values and temperature are learned in units of it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+class ReturnScale:
+    """
+    Running scale of the discounted returns G of all environments, ``G <- r + gamma G``, which begin at 0 with every episode:
+    their standard deviation, or the largest of them over ``value_range`` where that is more, so that all of them are within
+    ``value_range`` scales. 1 as long as all rewards were 0.
+
+    It is proportional to the rewards. A factor that is a power of two changes no other bit of it. (The statistics are those of
+    SimbaV2, https://arxiv.org/abs/2502.15280, without its epsilon.)
+
+    :param value_range: Half-width of the values' support, in scales, above 0
+    """
+
+    def __init__(self, value_range: float):
+        self.value_range = value_range
+        self.returns = np.zeros(0)
+        self.largest = 0.0
+        self._count = 0
+        self._mean = 0.0
+        # Sum of squared distances from the mean
+        self._squares = 0.0
+
+    @property
+    def value(self) -> float:
+        """The scale, above 0, in units of return."""
+        std = np.sqrt(self._squares / self._count) if self._count else 0.0
+        return float(max(std, self.largest / self.value_range)) or 1.0
+
+    @property
+    def known(self) -> bool:
+        """Whether any reward was not 0."""
+        return self.largest > 0
+
+    def update(self, rewards: np.ndarray, starts: np.ndarray, gamma: float) -> None:
+        """
+        :param rewards: Rewards of one step, shape (n_envs,)
+        :param starts: Which of the environments have taken the first step of an episode, shape (n_envs,)
+        :param gamma: Discount factor in [0, 1]
+        """
+        carried = np.zeros(len(rewards)) if len(self.returns) != len(rewards) else np.where(starts, 0.0, self.returns)
+        self.returns = np.asarray(rewards, np.float64) + gamma * carried
+        self.largest = max(self.largest, float(np.abs(self.returns).max()))
+        # Moments of all steps from those before and those of this one (Chan et al.)
+        n, mean = len(self.returns), self.returns.mean()
+        distance, total = mean - self._mean, self._count + n
+        self._squares += ((self.returns - mean) ** 2).sum() + distance**2 * (self._count * n / total)
+        self._mean += distance * (n / total)
+        self._count = total

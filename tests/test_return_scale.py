@@ -1,0 +1,201 @@
+"""A range of the values that follows the returns: what it is, what it does to a run, and what it must not do."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3 import HerReplayBuffer
+from stable_baselines3.common.envs import BitFlippingEnv
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+from sb3_mfpo import MFPO
+from sb3_mfpo.training.return_scale import ReturnScale
+from tests.helpers import Algorithm, RandomEnv, assert_equal, make_model
+
+
+def scale_of(rewards: Any, starts: Any, gamma: float, value_range: float = 20.0) -> ReturnScale:
+    scale = ReturnScale(value_range)
+    for one, start in zip(np.atleast_2d(rewards), np.atleast_2d(starts), strict=True):
+        scale.update(one, start, gamma)
+    return scale
+
+
+def test_it_is_the_deviation_of_the_returns_or_their_largest_over_the_range() -> None:
+    """Two environments, of which one begins an episode at the third step."""
+    rewards = np.array([[1.0, -2.0], [3.0, 0.5], [0.0, 4.0]])
+    starts = np.array([[True, True], [False, False], [True, False]])
+    returns = np.array([[1.0, -2.0], [3.5, -0.5], [0.0, 3.75]])
+    scale = scale_of(rewards, starts, gamma=0.5)
+    assert scale.value == pytest.approx(returns.std(), rel=1e-12)
+    assert scale_of(rewards, starts, gamma=0.5, value_range=1.0).value == pytest.approx(3.75, rel=1e-12)
+    assert scale.returns.tolist() == [0.0, 3.75]
+
+
+def test_the_scale_of_constant_rewards_that_never_end_is_that_of_their_returns() -> None:
+    """G approaches r / (1 - gamma), where its deviation goes to 0: the largest return decides."""
+    scale = scale_of(np.full((5000, 1), 2.0), np.zeros((5000, 1), bool), gamma=0.9, value_range=5.0)
+    assert scale.largest == pytest.approx(20) and scale.value == pytest.approx(4)
+
+
+@pytest.mark.parametrize("exponent", [-20, -1, 1, 20])
+def test_a_power_of_two_scales_it_exactly(exponent: int) -> None:
+    rng = np.random.default_rng(0)
+    rewards, starts = rng.normal(size=(200, 3)).astype(np.float32), rng.random((200, 3)) < 0.1
+    first, second = (scale_of(factor * rewards, starts, 0.99).value for factor in (1.0, 2.0**exponent))
+    assert second == first * 2.0**exponent
+
+
+def test_it_is_one_until_a_reward_is_not_zero() -> None:
+    scale = scale_of(np.zeros((10, 2)), np.zeros((10, 2), bool), gamma=0.99)
+    assert scale.value == 1.0 and not scale.known
+    scale.update(np.array([0.0, 1e-3]), np.array([False, False]), 0.99)
+    assert scale.value == pytest.approx(np.std([0.0] * 21 + [1e-3])) and scale.known
+
+
+class ScaledRewards(gym.RewardWrapper):
+    def __init__(self, env: gym.Env, factor: float):
+        super().__init__(env)
+        self.factor = factor
+
+    def reward(self, reward: Any) -> float:
+        return self.factor * float(reward)
+
+
+def run(algorithm: Algorithm, factor: float, n_envs: int = 1, her: bool = False, **kwargs: Any) -> Any:
+    """A short run on rewards that are multiplied by a factor."""
+    env = (lambda: BitFlippingEnv(n_bits=3, continuous=True, max_steps=3)) if her else (lambda: RandomEnv(episode_length=7))
+    if her:
+        kwargs |= dict(policy="MultiInputPolicy", replay_buffer_class=HerReplayBuffer)
+
+    def scaled() -> gym.Env:
+        wrapped = ScaledRewards(env(), factor)
+        wrapped.compute_reward = lambda *args: factor * wrapped.unwrapped.compute_reward(*args)  # type: ignore[attr-defined]
+        return wrapped
+
+    return make_model(algorithm, DummyVecEnv([scaled] * n_envs), seed=0, **kwargs).learn(60)
+
+
+def trained(model: Any) -> dict[str, Any]:
+    """Everything that is learned, in units of the scale."""
+    state = {name: value for name, value in model.policy.state_dict().items() if not name.endswith((".scale", ".atoms"))}
+    optimizers = [model.actor.optimizer.state_dict()["state"], model.critic.optimizer.state_dict()["state"]]
+    return dict(policy=state, optimizers=optimizers, temperature=getattr(model, "log_ent_coef", None))
+
+
+SETTINGS = {
+    "defaults": dict(policy_kwargs=dict(value_init="narrow")),
+    "values that differ from the start": {},
+    "n-step": dict(n_steps=3),
+    "hindsight": dict(her=True),
+    "two environments": dict(n_envs=2, gradient_steps=-1),
+    "scalar critics": dict(policy_kwargs=dict(critic_type="scalar")),
+    "mean of the critics": dict(critic_reduction="mean"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*norm.*:UserWarning")
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=list(SETTINGS))
+def test_a_power_of_two_changes_no_bit_of_a_run(algorithm: Algorithm, settings: dict[str, Any]) -> None:
+    """Rewards from a millionth to a million: the same weights, and values in proportion."""
+    first = run(algorithm, 1.0, **settings)
+    for exponent in (-20, -3, 1, 20):
+        second = run(algorithm, 2.0**exponent, **settings)
+        assert_equal(trained(second), trained(first))
+        assert second.critic.scale == first.critic.scale * 2.0**exponent
+        for name in ("q_value", *(["ent_coef"] if algorithm is MFPO else [])):
+            values = [model.logger.name_to_value[f"train/{name}"] for model in (second, first)]
+            assert values[0] == pytest.approx(values[1] * 2.0**exponent, rel=1e-12)
+
+
+def test_other_factors_change_it_by_rounding(algorithm: Algorithm) -> None:
+    first, second = (run(algorithm, factor) for factor in (1.0, 0.3))
+    for one, other in zip(first.policy.actor.parameters(), second.policy.actor.parameters(), strict=True):
+        assert (one - other).abs().max() < 1e-3
+    assert second.critic.scale.item() == pytest.approx(0.3 * first.critic.scale.item(), rel=1e-5)
+
+
+def test_an_explicit_range_is_fixed(algorithm: Algorithm) -> None:
+    model = make_model(algorithm, policy_kwargs=dict(v_min=-3.0, v_max=5.0, value_init="narrow")).learn(30)
+    assert model.return_scale is None and model.critic.scale == 1
+    assert (model.critic.atoms[0], model.critic.atoms[-1]) == (-3, 5)
+    assert "train/return_scale" not in model.logger.name_to_value
+
+
+def test_values_stay_in_proportion_when_the_scale_changes(algorithm: Algorithm) -> None:
+    for critic_type in ("categorical", "scalar"):
+        critic = make_model(algorithm, policy_kwargs=dict(critic_type=critic_type, value_init="uniform")).critic
+        observations, actions = th.randn(4, 3), th.rand(4, 2)
+        with th.no_grad():
+            before = th.cat(critic(observations, actions))
+            critic.rescale(8.0)
+            assert th.equal(th.cat(critic(observations, actions)), 8 * before) and before.abs().max() > 0
+
+
+def test_it_is_saved_and_logged(algorithm: Algorithm, tmp_path: Path) -> None:
+    model = make_model(algorithm, seed=0).learn(40)
+    model.save(tmp_path / "model")
+    loaded = algorithm.load(tmp_path / "model", env=RandomEnv(), device="cpu")
+    assert_equal(vars(loaded.return_scale), vars(model.return_scale))
+    assert loaded.critic.scale == model.critic.scale == model.critic_target.scale
+    # The rollout after the last update is in the scale already
+    assert model.logger.name_to_value["train/return_scale"] == pytest.approx(model.critic.scale.item(), rel=1e-6)
+
+
+def test_it_goes_on_in_another_environment(algorithm: Algorithm) -> None:
+    """Whose episodes begin with a return of 0; what was seen stays."""
+    model = make_model(algorithm, ScaledRewards(RandomEnv(), 100.0), seed=0).learn(30)
+    scale = model.return_scale
+    assert scale is not None
+    largest = scale.largest
+    model.set_env(ScaledRewards(RandomEnv(), 1.0))
+    model.learn(1)
+    assert scale.largest == largest > 10 * abs(scale.returns).max()
+
+
+def test_an_evaluation_does_not_touch_it(algorithm: Algorithm) -> None:
+    model = make_model(algorithm, seed=0).learn(30)
+    assert model.return_scale is not None
+    before = model.return_scale.value
+    evaluate_policy(model, ScaledRewards(RandomEnv(), 1e6), 2, warn=False)
+    assert model.return_scale.value == before
+
+
+class Outlier(gym.RewardWrapper):
+    """One reward of a million, at the 40th step."""
+
+    steps = 0
+
+    def reward(self, reward: Any) -> float:
+        self.steps += 1
+        return 1e6 if self.steps == 40 else float(reward)
+
+
+def test_a_reward_that_moves_it_tenfold_is_reported(algorithm: Algorithm) -> None:
+    model = make_model(algorithm, Outlier(RandomEnv()), seed=0)
+    with pytest.warns(UserWarning, match="raised the scale of the returns from .* to .*clip them"):
+        model.learn(60)
+
+
+def test_a_first_reward_is_not(algorithm: Algorithm) -> None:
+    """A task whose rewards were 0 so far: nothing has been learned that it could blur."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        env = gym.wrappers.TransformReward(Outlier(RandomEnv()), lambda reward: float(reward == 1e6))
+        model = make_model(algorithm, env, seed=0, policy_kwargs=dict(value_init="narrow", value_range=20.0)).learn(60)
+    assert model.return_scale is not None and model.return_scale.largest == 1
+    assert all(th.isfinite(parameter).all() for parameter in model.policy.parameters())
+
+
+def test_rewards_that_are_normalised_already_are_reported(algorithm: Algorithm) -> None:
+    with pytest.warns(UserWarning, match=r"`norm_reward=False`"):
+        make_model(algorithm, VecNormalize(DummyVecEnv([RandomEnv])))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_model(algorithm, VecNormalize(DummyVecEnv([RandomEnv]), norm_reward=False))
