@@ -45,6 +45,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "paper's proposals": ("MFPO", dict(n_policy_samples=16, n_gaussian_samples=32, n_local_samples=0)),
     "no local proposals": ("MFPO", dict(n_gaussian_samples=48, n_local_samples=0)),
     "12 proposals": ("MFPO", dict(n_gaussian_samples=6, n_local_samples=6)),
+    "12 proposals, policy_delay 2": ("MFPO", dict(n_gaussian_samples=6, n_local_samples=6, policy_delay=2)),
     "slower temperature": ("MFPO", dict(ent_coef_rate=1.0)),
     "no average": ("MFPO", dict(actor_tau=1.0)),
     "SOM": ("SOM", {}),

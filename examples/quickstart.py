@@ -34,11 +34,7 @@ SETTINGS: dict[str, Any] = dict(
     batch_size=128,
     gamma=0.97,
     tau=0.02,
-    ent_coef="auto_1.0",
-    n_gaussian_samples=12,
-    n_local_samples=4,
-    # A reward of up to 9.36 per step, discounted by 0.97, sums up to 312
-    policy_kwargs=dict(net_arch=[64, 64], v_min=-50, v_max=350),
+    policy_kwargs=dict(net_arch=[64, 64]),
 )
 
 

@@ -26,7 +26,7 @@ SMALL_POLICY: dict[str, Any] = dict(
     value_init="uniform",
     value_range=300.0,
 )
-COMMON: dict[str, Any] = dict(learning_starts=10, buffer_size=500, batch_size=8, device="cpu")
+COMMON: dict[str, Any] = dict(learning_starts=10, buffer_size=500, batch_size=8, policy_delay=1, device="cpu")
 SMALL: dict[Algorithm, dict[str, Any]] = {
     MFPO: dict(COMMON, n_policy_samples=3, n_gaussian_samples=4, n_local_samples=2),
     SOM: dict(COMMON, n_samples=5),

@@ -130,13 +130,12 @@ def test_later_hyperparameters_override_earlier_ones(tmp_path: Path) -> None:
         params={"gamma": 0.1, "tau": 0.1, "batch_size": 1, "policy_kwargs": {"net_arch": [8]}},
         tasks={"Pendulum-v1": {"params": {"gamma": 0.2, "tau": 0.2}, "steps": 30}, "Reacher-v5": None},
         algorithms={
-            "A": {"algo": "mfpo", "params": {"gamma": 0.3, "policy_kwargs": {"v_max": 7}}},
+            "A": {"algo": "mfpo", "params": {"gamma": 0.3, "policy_kwargs": {"n_atoms": 7}}},
             "B": {"algo": "sac", "params": {"gamma": 0.3}, "tasks": {"Pendulum-v1": {"gamma": 0.4}}},
         },
     )
     first, second, third, fourth = suites.runs_of(suites.read_suite(path))
-    # v_min is the zoo's
-    assert first.params == dict(gamma=0.3, tau=0.2, batch_size=1, policy_kwargs=dict(net_arch=[8], v_min=-350, v_max=7))
+    assert first.params == dict(gamma=0.3, tau=0.2, batch_size=1, policy_kwargs=dict(net_arch=[8], n_atoms=7))
     assert second.params == dict(gamma=0.4, tau=0.2, batch_size=1, policy_kwargs=dict(net_arch=[8]))
     assert (first.key, first.steps, first.every) == (("A", "Pendulum-v1", 0), 30, 15)
     assert third.params["tau"] == 0.1 and third.steps == 200 and fourth.params["gamma"] == 0.3

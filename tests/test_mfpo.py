@@ -24,11 +24,11 @@ def test_defaults() -> None:
     assert make_model(MFPO, target_entropy="auto_0.3").target_entropy == pytest.approx(-0.3 * 2)
     assert make_model(MFPO, target_entropy=0.7).target_entropy == 0.7
     assert model._temperature().item() == pytest.approx(0.01)
-    assert (model.n_policy_samples, model.n_gaussian_samples, model.n_local_samples) == (0, 36, 12)
+    assert (model.n_policy_samples, model.n_gaussian_samples, model.n_local_samples) == (0, 6, 6)
     assert (model.n_probes, model.ent_coef_rate, model.actor_tau) == (2, 3.0, 0.01)
     assert (model.intervals, model.equal_time_share, model.uniform_time_share) == ("grid", 0.5, 0.5)
     assert (model.time_mean, model.time_std) == (-0.4, 1.0)
-    assert (model.critic_reduction, model.policy_delay, model.target_update_interval) == ("min", 1, 1)
+    assert (model.critic_reduction, model.policy_delay, model.target_update_interval) == ("min", 2, 1)
     policy = model.policy
     assert (policy.sampling_steps, policy.n_action_candidates, len(policy.critic.q_networks)) == (2, 10, 2)
     # Values start around 0, in a range that follows the returns
@@ -46,7 +46,7 @@ def test_the_papers_settings() -> None:
     model = MFPO("MlpPolicy", RandomEnv(), buffer_size=10, device="cpu", **MFPO.PAPER)
     # No other proposals, the entropy by the divergence network, one learning rate, no average
     assert (model.n_policy_samples, model.n_gaussian_samples, model.n_local_samples) == (16, 32, 0)
-    assert (model.n_probes, model.ent_coef_rate, model.actor_tau) == (2, 1.0, 1.0)
+    assert (model.n_probes, model.ent_coef_rate, model.actor_tau, model.policy_delay) == (2, 1.0, 1.0, 1)
     # Logit-normal pairs, a quarter of them with r < t
     assert (model.intervals, model.equal_time_share, model.uniform_time_share) == ("any", 0.75, 0.0)
     assert (model.time_mean, model.time_std) == (-0.4, 1.0)

@@ -74,7 +74,7 @@ def test_training_leaves_what_rl_zoo3_leaves(runs: Path) -> None:
     assert config["policy_kwargs"] == HYPERPARAMS["mfpo"][TASK]["policy_kwargs"]
     model = MFPO.load(run / f"{TASK}.zip")
     assert model.num_timesteps == 620 and model.gamma == HYPERPARAMS["mfpo"][TASK]["gamma"]
-    assert model.policy.v_max == 10
+    assert model.policy.net_arch == [64, 64] and model.return_scale is not None
     # TensorBoard and, offline, Weights & Biases, which takes the logs to its own folder
     assert list((runs / "runs").rglob("events.out.tfevents.*"))
     assert list((runs / "wandb").glob("offline-run-*"))
@@ -234,7 +234,7 @@ def test_two_processes_work_on_one_study(tmp_path: Path) -> None:
     zoo(tmp_path, f"train --algo mfpo --env {TASK} -n 20 --eval-freq -1 {study} --trial-id 1 -f best")
     model = MFPO.load(tmp_path / "best" / "mfpo" / f"{TASK}_1" / f"{TASK}.zip")
     assert model.policy.sampling_steps == trials[1].params["sampling_steps"]
-    assert model.policy.v_max == trials[1].params["value_range"]
+    assert model.policy_delay == trials[1].params["policy_delay"]
 
 
 def test_trials_that_end_with_an_error_are_pruned(tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ def test_a_study_in_a_database(tmp_path: Path) -> None:
 
 def test_a_dm_control_task(tmp_path: Path) -> None:
     task = "dm_control/cartpole-balance-v0"
-    small = 'policy_kwargs:"dict(net_arch=[8],v_min=-50,v_max=150)"'.replace('"', "")
+    small = 'policy_kwargs:"dict(net_arch=[8])"'.replace('"', "")
     output = zoo(tmp_path, f"train --algo mfpo --env {task} -n 1010 --eval-freq -1 -params learning_starts:1005 {small}")
     assert "Using 'default' hyperparameters" in output
     output = zoo(tmp_path, f"enjoy --algo mfpo --env {task} -f logs --no-render -n 1000")
@@ -511,7 +511,7 @@ def test_every_point_of_the_search_space_is_valid(name: str) -> None:
         assert hyperparams_opt.HYPERPARAMS_CONVERTER[name](trial.params) == settings
         model = ALGORITHMS[name]("MlpPolicy", "Pendulum-v1", buffer_size=10, **settings)  # type: ignore[call-arg]
         assert model.gamma == 1 - trial.params["one_minus_gamma"]
-        assert model.policy.v_max == -model.policy.v_min == trial.params["value_range"]
+        assert model.policy_delay == trial.params["policy_delay"]
         if isinstance(model, MFPO):
             assert model.target_entropy == pytest.approx(-trial.params["rho"])
             assert model.policy.sampling_steps == trial.params["sampling_steps"]
@@ -530,7 +530,7 @@ def make_manager(folder: Path, **kwargs: Any) -> Manager:
     return Manager(argparse.Namespace(), **settings)
 
 
-TRIAL = dict(learning_rate=1e-3, one_minus_gamma=0.1, tau=0.01, policy_delay=1, value_range=70.0, net_arch="small")
+TRIAL = dict(learning_rate=1e-3, one_minus_gamma=0.1, tau=0.01, policy_delay=1, net_arch="small")
 OWN_PARAMS = {"mfpo": dict(rho=0.5, n_gaussian_samples=12, n_local_samples=4, sampling_steps=3)}
 OWN_PARAMS["som"] = dict(inverse_temperature=9.0, n_samples=8)
 FILE = """
@@ -539,7 +539,7 @@ default:
   policy: MlpPolicy
   learning_starts: 8
   batch_size: 4
-  policy_kwargs: "dict(value_init='narrow', n_critics=3, v_max=1, activation_fn=nn.Tanh)"
+  policy_kwargs: "dict(value_init='narrow', n_critics=3, n_atoms=11, activation_fn=nn.Tanh)"
   callback: [{sb3_mfpo.RunCheckpointCallback: {save_freq: 5, save_path: FOLDER}}]
 """
 
@@ -556,7 +556,7 @@ def test_a_trial_keeps_hyperparameters_that_it_has_not_sampled(name: str, tmp_pa
         search.objective(optuna.trial.FixedTrial(params, number=number))  # type: ignore[arg-type]
     assert not (tmp_path / "checkpoints").exists()
     searched = ALGORITHMS[name].load(tmp_path / "best" / "trial_0" / "best_model.zip")
-    expected = dict(value_init="narrow", n_critics=3, activation_fn=th.nn.Tanh, net_arch=[64, 64], v_min=-70, v_max=70)
+    expected = dict(value_init="narrow", n_critics=3, n_atoms=11, activation_fn=th.nn.Tanh, net_arch=[64, 64])
     expected |= dict(sampling_steps=3) if name == "mfpo" else {}
     assert searched.policy_kwargs == expected
     assert (searched.gamma, searched.learning_starts, searched.batch_size) == (0.9, 8, 4)
@@ -574,9 +574,11 @@ def test_a_trial_keeps_hyperparameters_that_it_has_not_sampled(name: str, tmp_pa
     assert model.policy_kwargs == saved["policy_kwargs"] == expected and model.gamma == 0.9
 
     # The command line overrides both
-    results = make_manager(tmp_path, **of_trial, hyperparams=dict(gamma=0.5, policy_kwargs=dict(v_max=7))).setup_experiment()
+    results = make_manager(tmp_path, **of_trial, hyperparams=dict(gamma=0.5, policy_kwargs=dict(n_atoms=7))).setup_experiment()
     assert results is not None and results[0].gamma == 0.5
-    assert results[0].policy_kwargs == dict(v_max=7, **{key: expected[key] for key in expected.keys() - {*UNSAMPLED, "v_max"}})
+    assert results[0].policy_kwargs == dict(
+        n_atoms=7, **{key: expected[key] for key in expected.keys() - {*UNSAMPLED, "n_atoms"}}
+    )
 
 
 def test_trial_0_of_an_algorithm_of_rl_zoo3_is_used(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """
-The settings of MFPO's paper, in rl_zoo3's format: ``MFPO.PAPER``, and MFPO's default values in ±1600 that start uniform. (In
-the zoo's own hyperparameters the range fits the task, or the values start narrow.)
+The settings of MFPO's paper, in rl_zoo3's format: ``MFPO.PAPER``.
 
     python -m sb3_mfpo.zoo train --algo mfpo --env HalfCheetah-v5 --conf-file sb3_mfpo.zoo.paper
 """

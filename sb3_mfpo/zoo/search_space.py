@@ -20,8 +20,8 @@ def sample_mfpo_params(trial: optuna.Trial, n_actions: int, n_envs: int, additio
     own = {
         # Minus the target entropy per action coordinate, in nats
         "rho": trial.suggest_float("rho", 0.0, 1.0),
-        "n_gaussian_samples": trial.suggest_categorical("n_gaussian_samples", [12, 24, 36]),
-        "n_local_samples": trial.suggest_categorical("n_local_samples", [0, 4, 12]),
+        "n_gaussian_samples": trial.suggest_categorical("n_gaussian_samples", [6, 12, 36]),
+        "n_local_samples": trial.suggest_categorical("n_local_samples", [0, 6, 12]),
         "sampling_steps": trial.suggest_int("sampling_steps", 1, 4),
     }
     return convert_mfpo_params(_sample_shared(trial) | own)
@@ -66,17 +66,14 @@ def _sample_shared(trial: optuna.Trial) -> dict[str, Any]:
         "learning_rate": trial.suggest_float("learning_rate", 1e-4, 2e-3, log=True),
         "one_minus_gamma": trial.suggest_float("one_minus_gamma", 0.003, 0.1, log=True),
         "tau": trial.suggest_float("tau", 0.003, 0.05, log=True),
-        "policy_delay": trial.suggest_int("policy_delay", 1, 2),
-        # Half of the value distribution's range, around 0
-        "value_range": trial.suggest_float("value_range", 30, 3000, log=True),
+        "policy_delay": trial.suggest_int("policy_delay", 1, 4),
         "net_arch": trial.suggest_categorical("net_arch", list(NET_ARCHS)),
     }
 
 
 def _convert_shared(sampled_params: dict[str, Any]) -> dict[str, Any]:
     params = dict(sampled_params)
-    value_range = params.pop("value_range")
     net_arch = list(NET_ARCHS[params.pop("net_arch")])
     params["gamma"] = 1 - params.pop("one_minus_gamma")
-    params["policy_kwargs"] = dict(net_arch=net_arch, v_min=-value_range, v_max=value_range)
+    params["policy_kwargs"] = dict(net_arch=net_arch)
     return params
