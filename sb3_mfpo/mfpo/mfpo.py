@@ -191,7 +191,7 @@ class MFPO(MeanFlowAlgorithm):
         n_gaussian_samples: int = 6,
         n_local_samples: int = 6,
         n_probes: int = 2,
-        ent_coef_rate: float | None = 10.0,
+        ent_coef_rate: float | None = 3.0,
         actor_tau: float = 0.01,
         intervals: str = "grid",
         equal_time_share: float = 0.5,
