@@ -531,7 +531,7 @@ def make_manager(folder: Path, **kwargs: Any) -> Manager:
 
 
 TRIAL = dict(learning_rate=1e-3, one_minus_gamma=0.1, tau=0.01, policy_delay=1, net_arch="small")
-OWN_PARAMS = {"mfpo": dict(rho=0.5, n_gaussian_samples=12, n_local_samples=4, sampling_steps=3)}
+OWN_PARAMS = {"mfpo": dict(rho=0.5, n_gaussian_samples=12, n_local_samples=6, sampling_steps=3)}
 OWN_PARAMS["som"] = dict(inverse_temperature=9.0, n_samples=8)
 FILE = """
 default:

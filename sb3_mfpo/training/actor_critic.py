@@ -165,13 +165,13 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
         # A loaded model has one already
         if self.policy.v_min is None and self.return_scale is None:
             self.return_scale = ReturnScale(self.policy.value_range)
-        normalizer = self._vec_normalize_env
-        if self.return_scale is not None and normalizer is not None and normalizer.norm_reward:
-            warnings.warn(
-                f"`VecNormalize` divides the rewards by their scale, as {type(self).__name__} does, and clips them at "
-                f"{normalizer.clip_reward:g}. Give it `norm_reward=False`.",
-                stacklevel=4,
-            )
+            normalizer = self._vec_normalize_env
+            if normalizer is not None and normalizer.norm_reward:
+                warnings.warn(
+                    f"`VecNormalize` divides the rewards by their scale, as {type(self).__name__} does, and clips them at "
+                    f"{normalizer.clip_reward:g}. Give it `norm_reward=False`.",
+                    stacklevel=4,
+                )
         # 1 from the first loss on that is not finite, where losses are looked at late
         self._found_inf = th.zeros((), device=self.device)
 
