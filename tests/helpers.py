@@ -24,7 +24,7 @@ SMALL_POLICY: dict[str, Any] = dict(
     n_atoms=11,
     # Values that differ from the start, in a range that holds them
     value_init="uniform",
-    value_range=300.0,
+    value_range=1000.0,
 )
 COMMON: dict[str, Any] = dict(learning_starts=10, buffer_size=500, batch_size=8, policy_delay=1, device="cpu")
 SMALL: dict[Algorithm, dict[str, Any]] = {
