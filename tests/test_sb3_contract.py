@@ -629,7 +629,7 @@ def test_memory_efficient_buffer(algorithm: Algorithm) -> None:
 
 def test_action_noise_is_added(algorithm: Algorithm, monkeypatch: pytest.MonkeyPatch) -> None:
     noise = NormalActionNoise(np.full(2, 10.0), np.full(2, 0.01))
-    model = make_model(algorithm, action_noise=noise, learning_starts=0, policy_kwargs=dict(value_init="narrow")).learn(5)
+    model = make_model(algorithm, action_noise=noise, learning_starts=0, policy_kwargs=dict(v_min=-300, v_max=300)).learn(5)
     # A push of 10 carries every action to the upper bound
     assert (model.replay_buffer.actions[:5] == 1).all()
 
