@@ -122,9 +122,7 @@ def test_save_and_load(algorithm: Algorithm, tmp_path: Path, device: str, kwargs
 
 
 def test_parameters_hold_every_optimizer(algorithm: Algorithm) -> None:
-    # Adam's; a temperature in proportion has no state but itself
-    kwargs = dict(ent_coef_rate=None) if algorithm is MFPO else {}
-    parameters = make_model(algorithm, **kwargs).learn(20).get_parameters()
+    parameters = make_model(algorithm).learn(20).get_parameters()
     assert set(parameters) == {"policy", *OPTIMIZERS[algorithm]}
     for name in OPTIMIZERS[algorithm]:
         assert parameters[name]["state"], f"{name} has no state"

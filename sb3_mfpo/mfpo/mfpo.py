@@ -113,9 +113,7 @@ class MFPO(MeanFlowAlgorithm):
         the Gaussian's. The distances between K3 actions of the policy also give the entropy that a learned temperature
         follows; the divergence network's is taken where it is lower, and alone with 0, as in the paper.
     :param n_probes: Number N of Hutchinson probes of the divergence
-    :param ent_coef_rate: Gain of a learned temperature: an update changes its logarithm by this times ``learning_rate`` times
-        the nats per action coordinate that the entropy is below its target. ``None`` takes a step of Adam down SAC's loss, as
-        in the paper; these have one length however close the entropy is, which then swings around its target.
+    :param ent_coef_rate: Learning rate of a learned temperature, in units of ``learning_rate``
     :param actor_tau: Soft update coefficient in (0, 1] of the target actor, which acts; 1 makes it the actor itself, as in the
         paper
     :param intervals: Time intervals that the flow is trained on: those of the sampler's steps ("grid"), which suit
@@ -147,7 +145,7 @@ class MFPO(MeanFlowAlgorithm):
         n_policy_samples=16,
         n_gaussian_samples=32,
         n_local_samples=0,
-        ent_coef_rate=None,
+        ent_coef_rate=1.0,
         actor_tau=1.0,
         policy_delay=1,
         intervals="any",
@@ -191,7 +189,7 @@ class MFPO(MeanFlowAlgorithm):
         n_gaussian_samples: int = 6,
         n_local_samples: int = 6,
         n_probes: int = 2,
-        ent_coef_rate: float | None = 3.0,
+        ent_coef_rate: float = 3.0,
         actor_tau: float = 0.01,
         intervals: str = "grid",
         equal_time_share: float = 0.5,
@@ -272,8 +270,7 @@ class MFPO(MeanFlowAlgorithm):
                 "`n_local_samples` must be 0 or at least 2, not 1: the policy's entropy is estimated from the distances "
                 "between the actions that they surround."
             )
-        if self.ent_coef_rate is not None:
-            check_range("ent_coef_rate", self.ent_coef_rate, above=0)
+        check_range("ent_coef_rate", self.ent_coef_rate, above=0)
         parse_ent_coef(self.ent_coef)
         parse_target_entropy(self.target_entropy, self.action_space)
 
@@ -284,8 +281,8 @@ class MFPO(MeanFlowAlgorithm):
         if learned:
             # The logarithm is learned, so that the temperature stays positive
             self.log_ent_coef = th.log(th.ones(1, device=self.device) * value).requires_grad_(True)
-            optimizer_class, rate = (th.optim.Adam, 1.0) if self.ent_coef_rate is None else (th.optim.SGD, self.ent_coef_rate)
-            self.ent_coef_optimizer = optimizer_class([self.log_ent_coef], lr=rate * self.lr_schedule(1), fused=True)
+            rate = self.ent_coef_rate * self.lr_schedule(1)
+            self.ent_coef_optimizer = th.optim.Adam([self.log_ent_coef], lr=rate, fused=True)
         else:
             self.ent_coef_tensor = th.tensor(value, device=self.device)
 
@@ -304,9 +301,10 @@ class MFPO(MeanFlowAlgorithm):
 
     def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
         super()._update_learning_rate(optimizers)
-        if self.ent_coef_optimizer is not None and self.ent_coef_rate is not None:
-            rate = self.ent_coef_rate * self.lr_schedule(self._current_progress_remaining)
-            update_learning_rate(self.ent_coef_optimizer, rate)
+        if self.ent_coef_optimizer is not None:
+            update_learning_rate(
+                self.ent_coef_optimizer, self.ent_coef_rate * self.lr_schedule(self._current_progress_remaining)
+            )
 
     def _draw(self, batch_size: int) -> GradientStepDraws:
         d, n_policy = get_action_dim(self.action_space), max(self.n_policy_samples, 1)
@@ -384,9 +382,7 @@ class MFPO(MeanFlowAlgorithm):
 
         # Temperature: it rises when the entropy is below its target (Eq. 30)
         if self.log_ent_coef is not None and self.ent_coef_optimizer is not None:
-            excess = metrics["entropy"] - float(self.target_entropy)
-            learned = self.log_ent_coef.exp() if self.ent_coef_rate is None else self.log_ent_coef / actions.shape[-1]
-            loss = (learned * excess).mean()
+            loss = (self.log_ent_coef.exp() * (metrics["entropy"] - float(self.target_entropy))).mean()
             metrics["ent_coef_loss"] = self._descend("ent_coef_loss", loss, self.ent_coef_optimizer)
         return metrics
 
