@@ -172,8 +172,7 @@ def test_shipped_suites_are_valid(path: Path) -> None:
         low, high = settings["score"]
         assert gym.spec(task) and low < high
     for one in suites.runs_of(suite):
-        # Some are the zoo's own
-        assert one.params.keys() - {"callback", "normalize"} <= inspect.signature(ALGOS[one.algo].__init__).parameters.keys()
+        assert one.params.keys() - {"callback"} <= inspect.signature(ALGOS[one.algo].__init__).parameters.keys()
         assert len(suites.command_of(one, Path("folder"), "cpu")) > 10
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from stable_baselines3.common.running_mean_std import RunningMeanStd
 
 
 class ReturnScale:
@@ -21,16 +22,13 @@ class ReturnScale:
         self.value_range = value_range
         self.returns = np.zeros(0)
         self.largest = 0.0
-        self._count = 0
-        self._mean = 0.0
-        # Sum of squared distances from the mean
-        self._squares = 0.0
+        # Without SB3's pseudo-count, which has a unit
+        self.moments = RunningMeanStd(epsilon=0.0)
 
     @property
     def value(self) -> float:
         """The scale, above 0, in units of return."""
-        std = np.sqrt(self._squares / self._count) if self._count else 0.0
-        return float(max(std, self.largest / self.value_range)) or 1.0
+        return max(float(np.sqrt(self.moments.var)), self.largest / self.value_range) or 1.0
 
     @property
     def known(self) -> bool:
@@ -46,9 +44,4 @@ class ReturnScale:
         carried = np.zeros(len(rewards)) if len(self.returns) != len(rewards) else np.where(starts, 0.0, self.returns)
         self.returns = np.asarray(rewards, np.float64) + gamma * carried
         self.largest = max(self.largest, float(np.abs(self.returns).max()))
-        # Moments of all steps from those before and those of this one (Chan et al.)
-        n, mean = len(self.returns), self.returns.mean()
-        distance, total = mean - self._mean, self._count + n
-        self._squares += ((self.returns - mean) ** 2).sum() + distance**2 * (self._count * n / total)
-        self._mean += distance * (n / total)
-        self._count = total
+        self.moments.update(self.returns)
