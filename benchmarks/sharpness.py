@@ -36,7 +36,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "times alone": ("MFPO", {**PAPER, "uniform_time_share": 0.5, "equal_time_share": 0.5}),
     "three remedies": (
         "MFPO",
-        dict(n_policy_samples=16, n_gaussian_samples=32, n_local_samples=0, ent_coef_rate=1.0, actor_tau=1.0),
+        dict(n_policy_samples=16, n_gaussian_samples=32, n_local_samples=0, ent_coef_rate=None, actor_tau=1.0),
     ),
     "no features": ("MFPO", dict(policy_kwargs=dict(action_fourier_dim=0))),
     "any intervals": ("MFPO", dict(intervals="any")),
@@ -46,7 +46,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "no local proposals": ("MFPO", dict(n_gaussian_samples=48, n_local_samples=0)),
     "12 proposals": ("MFPO", dict(n_gaussian_samples=6, n_local_samples=6)),
     "12 proposals, policy_delay 2": ("MFPO", dict(n_gaussian_samples=6, n_local_samples=6, policy_delay=2)),
-    "slower temperature": ("MFPO", dict(ent_coef_rate=1.0)),
+    "temperature by Adam": ("MFPO", dict(ent_coef_rate=None)),
     "no average": ("MFPO", dict(actor_tau=1.0)),
     "SOM": ("SOM", {}),
     "SOM, no average": ("SOM", dict(actor_tau=1.0)),

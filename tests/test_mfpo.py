@@ -46,7 +46,7 @@ def test_the_papers_settings() -> None:
     model = MFPO("MlpPolicy", RandomEnv(), buffer_size=10, device="cpu", **MFPO.PAPER)
     # No other proposals, the entropy by the divergence network, one learning rate, no average
     assert (model.n_policy_samples, model.n_gaussian_samples, model.n_local_samples) == (16, 32, 0)
-    assert (model.n_probes, model.ent_coef_rate, model.actor_tau, model.policy_delay) == (2, 1.0, 1.0, 1)
+    assert (model.n_probes, model.ent_coef_rate, model.actor_tau, model.policy_delay) == (2, None, 1.0, 1)
     # Logit-normal pairs, a quarter of them with r < t
     assert (model.intervals, model.equal_time_share, model.uniform_time_share) == ("any", 0.75, 0.0)
     assert (model.time_mean, model.time_std) == (-0.4, 1.0)
@@ -67,9 +67,23 @@ def test_temperature_learns_at_its_own_rate() -> None:
         rates = [group["lr"] for optimizer in model._optimizers() for group in optimizer.param_groups]
         assert rates[-1] == pytest.approx(4e-3 * (1 + progress))
         assert rates[:-1] == pytest.approx([1e-3 * (1 + progress)] * 3)
-    # Adam's first step is as long as its rate
-    model = make_model(MFPO, seed=0, learning_rate=1e-3, ent_coef_rate=4.0, ent_coef="auto_0.1").learn(11)
-    assert abs(model.log_ent_coef.item() - math.log(0.1)) == pytest.approx(4e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("rate", "distance", "expected"),
+    [(4.0, 1.0, 4e-3), (4.0, 0.15, 1e-3), (4.0, -0.3, -2e-3), (4.0, -9.0, -4e-3), (None, 1.0, 1e-3), (None, -0.15, -1e-3)],
+)
+def test_a_step_of_the_temperature(rate: float | None, distance: float, expected: float) -> None:
+    """In two coordinates: its full length from 0.6 nats on, in proportion below; Adam's first step has one length."""
+
+    def trained(target_entropy: float) -> MFPO:
+        kwargs = dict(learning_rate=1e-3, ent_coef_rate=rate, ent_coef="auto_0.1", target_entropy=target_entropy)
+        return make_model(MFPO, seed=0, policy_delay=1, **kwargs).learn(11)
+
+    # The step comes after the entropy was taken, which therefore does not depend on the target
+    entropy = trained(0.0).logger.name_to_value["train/entropy"]
+    step = trained(entropy - distance).log_ent_coef.item() - math.log(0.1)
+    assert step == pytest.approx(-expected, rel=1e-2)
 
 
 def test_local_proposals_follow_the_policy_where_actions_have_many_coordinates() -> None:

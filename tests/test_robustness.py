@@ -322,7 +322,7 @@ def trainings(draw: Any, algorithm: Algorithm) -> tuple[RandomEnv, dict[str, Any
     if algorithm is MFPO:
         n_policy, n_gaussian, n_local = draw(st.sampled_from([(0, 4, 0), (3, 0, 0), (2, 3, 4), (1, 1, 0), (0, 1, 2)]))
         kwargs |= dict(n_policy_samples=n_policy, n_gaussian_samples=n_gaussian, n_local_samples=n_local)
-        kwargs |= dict(n_probes=draw(st.integers(1, 3)), ent_coef_rate=draw(st.floats(0.1, 10)))
+        kwargs |= dict(n_probes=draw(st.integers(1, 3)), ent_coef_rate=draw(st.one_of(st.none(), st.floats(0.1, 10))))
         kwargs["ent_coef"] = draw(st.one_of(st.sampled_from(["auto", "auto_0.01"]), st.floats(1e-3, 10)))
         kwargs["target_entropy"] = draw(st.one_of(st.sampled_from(["auto", "auto_0.3"]), st.floats(-5, 5)))
         policy_kwargs["actor_type"] = draw(st.sampled_from(["mean_flow", "flow_matching"]))

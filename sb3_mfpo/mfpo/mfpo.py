@@ -33,6 +33,8 @@ from sb3_mfpo.training.mean_flow import MeanFlowAlgorithm, MeanFlowDraws
 
 # Standard deviation, in scaled actions, of a proposal around an action of the policy: about that of a good mode
 LOCAL_STD = 0.1
+# Nats per action coordinate between entropy and target from which on the temperature moves at its full rate
+ENTROPY_BAND = 0.3
 
 
 class GradientStepDraws(NamedTuple):
@@ -113,7 +115,9 @@ class MFPO(MeanFlowAlgorithm):
         the Gaussian's. The distances between K3 actions of the policy also give the entropy that a learned temperature
         follows; the divergence network's is taken where it is lower, and alone with 0, as in the paper.
     :param n_probes: Number N of Hutchinson probes of the divergence
-    :param ent_coef_rate: Learning rate of a learned temperature, in units of ``learning_rate``
+    :param ent_coef_rate: By how many times ``learning_rate`` an update changes the logarithm of a learned temperature, where
+        the entropy is 0.3 nats per action coordinate or more from its target; in proportion where it is closer. ``None``
+        takes a step of Adam down SAC's loss, as in the paper: one length everywhere, so that the entropy swings.
     :param actor_tau: Soft update coefficient in (0, 1] of the target actor, which acts; 1 makes it the actor itself, as in the
         paper
     :param intervals: Time intervals that the flow is trained on: those of the sampler's steps ("grid"), which suit
@@ -145,7 +149,7 @@ class MFPO(MeanFlowAlgorithm):
         n_policy_samples=16,
         n_gaussian_samples=32,
         n_local_samples=0,
-        ent_coef_rate=1.0,
+        ent_coef_rate=None,
         actor_tau=1.0,
         policy_delay=1,
         intervals="any",
@@ -189,7 +193,7 @@ class MFPO(MeanFlowAlgorithm):
         n_gaussian_samples: int = 6,
         n_local_samples: int = 6,
         n_probes: int = 2,
-        ent_coef_rate: float = 3.0,
+        ent_coef_rate: float | None = 3.0,
         actor_tau: float = 0.01,
         intervals: str = "grid",
         equal_time_share: float = 0.5,
@@ -270,7 +274,8 @@ class MFPO(MeanFlowAlgorithm):
                 "`n_local_samples` must be 0 or at least 2, not 1: the policy's entropy is estimated from the distances "
                 "between the actions that they surround."
             )
-        check_range("ent_coef_rate", self.ent_coef_rate, above=0)
+        if self.ent_coef_rate is not None:
+            check_range("ent_coef_rate", self.ent_coef_rate, above=0)
         parse_ent_coef(self.ent_coef)
         parse_target_entropy(self.target_entropy, self.action_space)
 
@@ -281,8 +286,8 @@ class MFPO(MeanFlowAlgorithm):
         if learned:
             # The logarithm is learned, so that the temperature stays positive
             self.log_ent_coef = th.log(th.ones(1, device=self.device) * value).requires_grad_(True)
-            rate = self.ent_coef_rate * self.lr_schedule(1)
-            self.ent_coef_optimizer = th.optim.Adam([self.log_ent_coef], lr=rate, fused=True)
+            optimizer_class, rate = (th.optim.Adam, 1.0) if self.ent_coef_rate is None else (th.optim.SGD, self.ent_coef_rate)
+            self.ent_coef_optimizer = optimizer_class([self.log_ent_coef], lr=rate * self.lr_schedule(1), fused=True)
         else:
             self.ent_coef_tensor = th.tensor(value, device=self.device)
 
@@ -301,10 +306,9 @@ class MFPO(MeanFlowAlgorithm):
 
     def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
         super()._update_learning_rate(optimizers)
-        if self.ent_coef_optimizer is not None:
-            update_learning_rate(
-                self.ent_coef_optimizer, self.ent_coef_rate * self.lr_schedule(self._current_progress_remaining)
-            )
+        if self.ent_coef_optimizer is not None and self.ent_coef_rate is not None:
+            rate = self.ent_coef_rate * self.lr_schedule(self._current_progress_remaining)
+            update_learning_rate(self.ent_coef_optimizer, rate)
 
     def _draw(self, batch_size: int) -> GradientStepDraws:
         d, n_policy = get_action_dim(self.action_space), max(self.n_policy_samples, 1)
@@ -382,7 +386,11 @@ class MFPO(MeanFlowAlgorithm):
 
         # Temperature: it rises when the entropy is below its target (Eq. 30)
         if self.log_ent_coef is not None and self.ent_coef_optimizer is not None:
-            loss = (self.log_ent_coef.exp() * (metrics["entropy"] - float(self.target_entropy))).mean()
+            excess = metrics["entropy"] - float(self.target_entropy)
+            if self.ent_coef_rate is None:
+                loss = (self.log_ent_coef.exp() * excess).mean()
+            else:
+                loss = (self.log_ent_coef * (excess / (ENTROPY_BAND * actions.shape[-1])).clamp(-1, 1)).mean()
             metrics["ent_coef_loss"] = self._descend("ent_coef_loss", loss, self.ent_coef_optimizer)
         return metrics
 
