@@ -29,7 +29,8 @@ class Evaluation(BaseCallback):
     :param every: Evaluate every so many environment steps
     :param episodes: Episodes of an evaluation, for each way of acting
     :param seed: Of the evaluation's environment
-    :param path: The CSV file: step, seconds of training so far (wall clock), mode, mean return
+    :param path: The CSV file: step, seconds of training so far (of the processor; where a device computes, by the wall clock),
+        mode, mean return
     """
 
     def __init__(self, task: str, every: int, episodes: int, seed: int, path: str):
@@ -44,14 +45,16 @@ class Evaluation(BaseCallback):
         normalizer = self.model.get_vec_normalize_env()
         if normalizer is not None:
             self._env = VecNormalize(self._env, training=False, norm_obs=normalizer.norm_obs, norm_reward=False)
-        self._start = time.perf_counter()
+        # Other processes take their share of a processor, hardly of a device
+        self._clock = time.process_time if self.model.device.type == "cpu" else time.perf_counter
+        self._start = self._clock()
 
     def _on_step(self) -> bool:
         if self.num_timesteps // self.every > self.evaluations:
             self.evaluations = self.num_timesteps // self.every
-            self.seconds += time.perf_counter() - self._start
+            self.seconds += self._clock() - self._start
             self._evaluate()
-            self._start = time.perf_counter()
+            self._start = self._clock()
         return True
 
     def _evaluate(self) -> None:

@@ -1,8 +1,8 @@
 """
 What a suite's results say: learning curves by steps and by time, aggregates with rliable, a table in Markdown.
 
-Writes ``<suite>_curves.png``, ``<suite>_aggregate.png`` and ``<suite>.md``. Scores are returns on the suite's scale for the
-task (0 and 1 are its ``score``); intervals are 95 % bootstrap intervals, stratified by task.
+Writes ``<suite>_curves.png``, ``<suite>_aggregate.png``, ``<suite>.md`` and ``<suite>_by_task.md``. Scores are returns on the
+suite's scale for the task (0 and 1 are its ``score``); intervals are 95 % bootstrap intervals, stratified by task.
 
     python benchmarks/report.py benchmarks/suites/cpu.yml
 """
@@ -22,7 +22,7 @@ from evaluation import MODES
 from rliable import library as rly
 from rliable import metrics, plot_utils
 from run import RESULTS
-from suite import KEYS, read_suite
+from suite import KEYS, add_suite_arguments, read_suite
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -229,21 +229,65 @@ def table(rows: pd.DataFrame, suite: dict[str, Any]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def over_training(rows: pd.DataFrame, mode: str = "deterministic") -> pd.DataFrame:
+    """
+    Mean return over training, by equal steps and by equal time: that of the quickest algorithm on the task. Between two
+    evaluations returns are on a line, before the first they are as there.
+
+    :param rows: From ``read_results``
+    :param mode: "deterministic" or "sample"
+    :return: By algorithm, task and seed: ``steps`` and ``time``
+    """
+    rows = rows[rows["mode"] == mode].sort_values("step")
+    ends = rows.groupby(KEYS)["seconds"].last().groupby(["algorithm", "task"]).mean().groupby("task").min()
+
+    def means(run: pd.DataFrame) -> pd.Series:
+        moments = np.linspace(0, ends[run["task"].iloc[0]], 1000)
+        by_time = np.interp(moments, run["seconds"], run["return"]).mean()
+        return pd.Series({"steps": run["return"].mean(), "time": by_time})
+
+    return rows.groupby(KEYS)[[*KEYS, "seconds", "return"]].apply(means)
+
+
+def table_by_task(rows: pd.DataFrame, suite: dict[str, Any]) -> str:
+    """
+    :param rows: From ``read_results``
+    :param suite: The suite
+    :return: Markdown: for each task the mean over training by equal steps and by equal time, with the range of the seeds, and
+        the time of a run
+    """
+    means = over_training(rows)
+    minutes = rows.groupby(KEYS)["seconds"].max().groupby(["task", "algorithm"]).mean() / 60
+    lines = [["task", *(f"{name}, {by}" for by in ("equal steps", "equal time", "minutes") for name in suite["algorithms"])]]
+    lines.append(["---"] * len(lines[0]))
+    for task in suite["tasks"]:
+        cells = [task]
+        for by in ("steps", "time"):
+            for name in suite["algorithms"]:
+                values = means.loc[name, task][by]
+                digits = 1 if abs(values.mean()) < 100 else 0
+                cells.append(f"{values.mean():.{digits}f} ({values.min():.{digits}f} to {values.max():.{digits}f})")
+        cells += [f"{minutes[task, name]:.1f}" for name in suite["algorithms"]]
+        lines.append(cells)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suite", type=Path, help="YAML file")
+    add_suite_arguments(parser)
     parser.add_argument("--input", type=Path, help="CSV file of run.py (default: benchmarks/results/<suite>.csv)")
     parser.add_argument("--images", type=Path, default=IMAGES, help="folder for the pictures (default: docs/images)")
     parser.add_argument("--table", type=Path, help="Markdown file (default: benchmarks/results/<suite>.md)")
     options = parser.parse_args(arguments)
-    name, suite = options.suite.stem, read_suite(options.suite)
+    name, suite = options.suite.stem, read_suite(options.suite, options.tasks, options.algorithms)
     rows = read_results(options.input or RESULTS / f"{name}.csv", suite)
     options.images.mkdir(parents=True, exist_ok=True)
     draw_curves(rows, suite, options.images / f"{name}_curves.png")
     draw_aggregate(rows, suite, options.images / f"{name}_aggregate.png")
-    text = table(rows, suite)
-    (options.table or RESULTS / f"{name}.md").write_text(text + "\n")
-    print(text)
+    path = options.table or RESULTS / f"{name}.md"
+    path.write_text(table(rows, suite) + "\n")
+    path.with_stem(f"{path.stem}_by_task").write_text(table_by_task(rows, suite) + "\n")
+    print(path.read_text())
 
 
 if __name__ == "__main__":

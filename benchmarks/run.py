@@ -116,7 +116,8 @@ def run_suite(options: argparse.Namespace) -> int:
     """
     output = options.output or RESULTS / f"{options.suite.stem}.csv"
     options.folder = options.folder or Path("runs") / options.suite.stem
-    runs, done, now = runs_of(read_suite(options.suite)), finished(output), commit()
+    runs = runs_of(read_suite(options.suite, options.tasks, options.algorithms))
+    done, now = finished(output), commit()
     left = [run for run in runs if run.key not in done]
     bar = tqdm(total=sum(run.steps for run in runs), initial=sum(run.steps for run in runs if run.key in done), unit="step")
     # The mean speed since the start: runs differ too much for the latest one's
@@ -143,7 +144,7 @@ def run_suite(options: argparse.Namespace) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suite", type=Path, help="YAML file, see benchmarks/suite.py")
+    suites.add_suite_arguments(parser)
     parser.add_argument("--output", type=Path, help="CSV file (default: benchmarks/results/<suite>.csv)")
     parser.add_argument("--folder", type=Path, help="for logs, checkpoints and models (default: runs/<suite>)")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time on this machine (default: %(default)s)")

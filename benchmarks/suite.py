@@ -30,6 +30,8 @@ import subprocess
 import sys
 import threading
 import time
+from argparse import ArgumentParser
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,9 +68,11 @@ class Run:
         return self.algorithm, self.task, self.seed
 
 
-def read_suite(path: Path) -> dict[str, Any]:
+def read_suite(path: Path, tasks: Sequence[str] = (), algorithms: Sequence[str] = ()) -> dict[str, Any]:
     """
     :param path: A suite's YAML file
+    :param tasks: Those to keep; empty keeps all
+    :param algorithms: Those to keep; empty keeps all
     :return: Its content, tasks and algorithms as dictionaries
     :raises ValueError: If something is missing or unknown
     """
@@ -76,12 +80,23 @@ def read_suite(path: Path) -> dict[str, Any]:
     if not isinstance(suite, dict) or suite.keys() - FIELDS or (FIELDS - {"params"}) - suite.keys():
         found = sorted(suite) if isinstance(suite, dict) else suite
         raise ValueError(f"{path}: a suite has {sorted(FIELDS)} (`params` may be left out), not {found}.")
-    for name in ("tasks", "algorithms"):
-        suite[name] = {key: value or {} for key, value in suite[name].items()}
+    for name, kept in (("tasks", tasks), ("algorithms", algorithms)):
+        if unknown := set(kept) - suite[name].keys():
+            raise ValueError(f"{path} has the {name} {list(suite[name])}, not {sorted(unknown)}.")
+        suite[name] = {key: value or {} for key, value in suite[name].items() if not kept or key in kept}
     for name, algorithm in suite["algorithms"].items():
         if "algo" not in algorithm or algorithm.keys() - {"algo", "params", "tasks"}:
             raise ValueError(f"{path}: the algorithm {name!r} needs `algo`, and may have `params` and `tasks`: {algorithm}.")
     return suite
+
+
+def add_suite_arguments(parser: ArgumentParser) -> None:
+    """
+    :param parser: Gets the arguments of ``read_suite``
+    """
+    parser.add_argument("suite", type=Path, help="YAML file, see benchmarks/suite.py")
+    parser.add_argument("--tasks", nargs="+", default=[], help="a part of the suite's (default: all)")
+    parser.add_argument("--algorithms", nargs="+", default=[], help="a part of the suite's (default: all)")
 
 
 def runs_of(suite: dict[str, Any]) -> list[Run]:

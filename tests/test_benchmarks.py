@@ -68,6 +68,7 @@ def test_a_suite_from_start_to_report(tmp_path: Path) -> None:
     table = tmp_path / "smoke.md"
     report.main([str(smoke), "--input", str(tmp_path / "results.csv"), "--images", str(tmp_path), "--table", str(table)])
     assert len(table.read_text().splitlines()) == 2 + 4
+    assert len((tmp_path / "smoke_by_task.md").read_text().splitlines()) == 2 + 1
     for name in ("curves", "aggregate"):
         assert (tmp_path / f"smoke_{name}.png").stat().st_size > 20_000
 
@@ -218,6 +219,35 @@ def test_aggregates_match_their_definitions(tmp_path: Path) -> None:
     line = report.table(report.read_results(tmp_path / "results.csv", one), one).splitlines()[3]
     b, mean = returns["B"][0][-1], np.mean(returns["B"][0])
     assert line.endswith(f"| {b / 2000:.2f} | {b / 2000 - 0.05:.2f} | {mean / 2000:.2f} |  | 3.0 | {b:.0f} / {b - 100:.0f} |")
+
+
+def test_means_over_training_by_steps_and_by_time(tmp_path: Path) -> None:
+    """Straight lines: A rises from 0 to 200 in three minutes, B from 0 to 300 in six."""
+    table = made_up(tmp_path / "results.csv", {"A": [[0.0, 100.0, 200.0]], "B": [[0.0, 150.0, 300.0]]})
+    table.loc[table["algorithm"] == "B", "seconds"] *= 2
+    means = report.over_training(table)
+    assert means["steps"].to_list() == [100, 150]
+    # Within three minutes: A is at 0 for one and rises for two; B is at 0 for two and at 75 after three
+    assert means["time"].to_list() == pytest.approx([2 / 3 * 100, 1 / 3 * 75 / 2], rel=1e-2)
+    suite = TINY | dict(algorithms={name: {"algo": "sac"} for name in "AB"})
+    assert (
+        report.table_by_task(table, suite)
+        .splitlines()[2]
+        .startswith(
+            "| Pendulum-v1 | 100 (100 to 100) | 150 (150 to 150) | 66.7 (66.7 to 66.7) | 12.5 (12.5 to 12.5) | 3.0 | 6.0 |"
+        )
+    )
+
+
+def test_a_part_of_a_suite(tmp_path: Path) -> None:
+    algorithms = {"A": {"algo": "sac"}, "B": {"algo": "td3"}}
+    path = write_suite(tmp_path, algorithms=algorithms)
+    assert list(suites.read_suite(path, algorithms=["B"])["algorithms"]) == ["B"]
+    assert len(suites.runs_of(suites.read_suite(path))) == 2
+    with pytest.raises(ValueError, match=r"has the algorithms \['A', 'B'\], not \['C'\]"):
+        suites.read_suite(path, algorithms=["A", "C"])
+    with pytest.raises(ValueError, match=r"has the tasks \['Pendulum-v1'\], not \['Hopper-v5'\]"):
+        suites.read_suite(path, tasks=["Hopper-v5"])
 
 
 def test_a_report_needs_all_runs(tmp_path: Path) -> None:
