@@ -45,7 +45,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "paper's proposals": ("MFPO", dict(n_policy_samples=16, n_gaussian_samples=32, n_local_samples=0)),
     "no local proposals": ("MFPO", dict(n_gaussian_samples=48, n_local_samples=0)),
     "12 proposals": ("MFPO", dict(n_gaussian_samples=6, n_local_samples=6)),
-    "12 proposals, policy_delay 2": ("MFPO", dict(n_gaussian_samples=6, n_local_samples=6, policy_delay=2)),
+    "12 proposals, policy_delay 4": (
+        "MFPO",
+        dict(n_gaussian_samples=6, n_local_samples=6, policy_delay=4, ent_coef_rate=6.0, actor_tau=0.02),
+    ),
     "temperature by Adam": ("MFPO", dict(ent_coef_rate=None)),
     "no average": ("MFPO", dict(actor_tau=1.0)),
     "SOM": ("SOM", {}),

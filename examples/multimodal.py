@@ -61,8 +61,8 @@ def two_moons() -> Mixture:
 TARGETS = {"six modes": six_modes(), "two moons": two_moons()}
 ALGORITHMS: dict[str, tuple[Any, dict[str, Any]]] = {
     # Four times the default's proposals: this is about the flow
-    "MFPO": (MFPO, dict(ent_coef=1.0, n_gaussian_samples=36, n_local_samples=12, policy_delay=1)),
-    "SOM": (SOM, dict(inverse_temperature=1.0, normalize_q=False, policy_delay=1)),
+    "MFPO": (MFPO, dict(ent_coef=1.0, n_gaussian_samples=36, n_local_samples=12, policy_delay=1, actor_tau=0.01)),
+    "SOM": (SOM, dict(inverse_temperature=1.0, normalize_q=False, policy_delay=1, actor_tau=0.01)),
 }
 
 

@@ -26,7 +26,7 @@ def test_defaults_are_the_verified_form() -> None:
     assert (model.intervals, model.equal_time_share, model.uniform_time_share) == ("any", 0.25, 1.0)
     assert model.normalize_q is True
     assert (model.inverse_temperature, model.n_samples) == (30.0, 32)
-    assert (model.critic_reduction, model.policy_delay, model.target_update_interval) == ("min", 2, 1)
+    assert (model.critic_reduction, model.policy_delay, model.target_update_interval) == ("min", 4, 1)
     assert (model.policy.sampling_steps, model.policy.n_action_candidates) == (1, 10)
 
 

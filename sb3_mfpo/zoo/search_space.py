@@ -66,7 +66,7 @@ def _sample_shared(trial: optuna.Trial) -> dict[str, Any]:
         "learning_rate": trial.suggest_float("learning_rate", 1e-4, 2e-3, log=True),
         "one_minus_gamma": trial.suggest_float("one_minus_gamma", 0.003, 0.1, log=True),
         "tau": trial.suggest_float("tau", 0.003, 0.05, log=True),
-        "policy_delay": trial.suggest_int("policy_delay", 1, 4),
+        "policy_delay": trial.suggest_categorical("policy_delay", [1, 2, 4, 8]),
         "net_arch": trial.suggest_categorical("net_arch", list(NET_ARCHS)),
     }
 
