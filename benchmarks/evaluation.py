@@ -40,11 +40,13 @@ class Evaluation(BaseCallback):
         self.seconds = 0.0
         self.evaluations = 0
 
-    def _on_training_start(self) -> None:
+    def _init_callback(self) -> None:
         self._env = make_vec_env(self.task, seed=1000 + self.seed)
         normalizer = self.model.get_vec_normalize_env()
         if normalizer is not None:
             self._env = VecNormalize(self._env, training=False, norm_obs=normalizer.norm_obs, norm_reward=False)
+
+    def _on_training_start(self) -> None:
         # Other processes take their share of a processor, hardly of a device
         self._clock = time.process_time if self.model.device.type == "cpu" else time.perf_counter
         self._start = self._clock()
