@@ -3,8 +3,8 @@ What each difference from the paper is worth on the gates (examples/gates.py): a
 
 A row per variant and seed is appended to a table: success and routes of single samples as trained, in two and in twenty steps,
 and of the best of ten; the temperature; what the entropy is said to be and what it is by a histogram; by how much the
-divergence network's log-probabilities are off, as trained and in twenty steps; how unequal a state's three modes are. Rows that are there already are not run
-again.
+divergence network's log-probabilities are off, as trained and in twenty steps; how unequal a state's three modes are. Rows
+that are there already are not run again.
 
     python benchmarks/sharpness.py --variants defaults paper --seeds 0 1 2 --output sharpness.csv
 """
