@@ -195,6 +195,14 @@ def draw_aggregate(rows: pd.DataFrame, suite: dict[str, Any], path: Path) -> Non
     plt.close(figure)
 
 
+def markdown(lines: list[list[str]]) -> str:
+    """
+    :param lines: Cells of the heads, the rule and the rows
+    :return: The table
+    """
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def table(rows: pd.DataFrame, suite: dict[str, Any]) -> str:
     """
     :param rows: From ``read_results``
@@ -226,19 +234,18 @@ def table(rows: pd.DataFrame, suite: dict[str, Any]) -> str:
             spread = [f" ± {value['std']:.{digits}f}" if several else "" for value in values]
             cells.append(" / ".join(f"{value['mean']:.{digits}f}{more}" for value, more in zip(values, spread, strict=True)))
         lines.append(cells)
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(lines)
 
 
-def over_training(rows: pd.DataFrame, mode: str = "deterministic") -> pd.DataFrame:
+def over_training(rows: pd.DataFrame) -> pd.DataFrame:
     """
-    Mean return over training, by equal steps and by equal time: that of the quickest algorithm on the task. Between two
-    evaluations returns are on a line, before the first they are as there.
+    Mean return of deterministic actions over training, by equal steps and by equal time: that of the quickest algorithm on
+    the task. Between two evaluations returns are on a line, before the first they are as there.
 
     :param rows: From ``read_results``
-    :param mode: "deterministic" or "sample"
     :return: By algorithm, task and seed: ``steps`` and ``time``
     """
-    rows = rows[rows["mode"] == mode].sort_values("step")
+    rows = rows[rows["mode"] == "deterministic"].sort_values("step")
     ends = rows.groupby(KEYS)["seconds"].last().groupby(["algorithm", "task"]).mean().groupby("task").min()
 
     def means(run: pd.DataFrame) -> pd.Series:
@@ -269,7 +276,7 @@ def table_by_task(rows: pd.DataFrame, suite: dict[str, Any]) -> str:
                 cells.append(f"{values.mean():.{digits}f} ({values.min():.{digits}f} to {values.max():.{digits}f})")
         cells += [f"{minutes[task, name]:.1f}" for name in suite["algorithms"]]
         lines.append(cells)
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(lines)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -374,23 +374,12 @@ class MFPO(MeanFlowAlgorithm):
 
         # Divergence network: mean-flow regression on the divergence of the policy's velocity (Eq. 12-18)
         if isinstance(self.divergence, AverageDivergenceNetwork):
-            t = draws.divergence.t
-            noisy_actions = interpolate(actions[:, 0], draws.divergence.noise, *linear_path(t))
-            with th.no_grad():
-                features = self.actor_target.encode(batch.observations)
-                velocity, jacobian_product = self.actor_target.linearize_velocity(features, noisy_actions, t)
-                divergence = hutchinson_divergence(draws.probes, jacobian_product(draws.probes))
-            errors = self._regression_errors(self.divergence, features, noisy_actions, draws.divergence, velocity, divergence)
-            loss = errors.square().mean()
+            loss = self._divergence_loss(self.divergence, batch.observations, actions[:, 0], draws)
             metrics["divergence_loss"] = self._descend("divergence_loss", loss, self.divergence.optimizer)
 
         # Temperature: it rises when the entropy is below its target (Eq. 30)
-        if self.log_ent_coef is not None and self.ent_coef_optimizer is not None:
-            excess = metrics["entropy"] - float(self.target_entropy)
-            if self.ent_coef_rate is None:
-                loss = (self.log_ent_coef.exp() * excess).mean()
-            else:
-                loss = (self.log_ent_coef * (excess / (ENTROPY_BAND * actions.shape[-1])).clamp(-1, 1)).mean()
+        if self.ent_coef_optimizer is not None:
+            loss = self._temperature_loss(metrics["entropy"], actions.shape[-1])
             metrics["ent_coef_loss"] = self._descend("ent_coef_loss", loss, self.ent_coef_optimizer)
         return metrics
 
@@ -414,6 +403,38 @@ class MFPO(MeanFlowAlgorithm):
         samples = self.actor_target.flow(features.unsqueeze(1), noise)
         centres = th.cat([action, samples[:, 1:].clamp(-1, 1)], dim=1)
         return centres, th.minimum(entropy, nearest_neighbour_entropy(samples).mean())
+
+    def _divergence_loss(
+        self, network: AverageDivergenceNetwork, observations: PyTorchObs, actions: th.Tensor, draws: GradientStepDraws
+    ) -> th.Tensor:
+        """
+        :param network: The divergence network
+        :param observations: Batch of observations
+        :param actions: Samples of the policy that a_t is made from, shape (B, d)
+        :param draws: The step's randomness
+        :return: Mean squared error of the divergence network's MeanFlow identity, a scalar
+        """
+        t = draws.divergence.t
+        noisy_actions = interpolate(actions, draws.divergence.noise, *linear_path(t))
+        with th.no_grad():
+            features = self.actor_target.encode(observations)
+            velocity, jacobian_product = self.actor_target.linearize_velocity(features, noisy_actions, t)
+            divergence = hutchinson_divergence(draws.probes, jacobian_product(draws.probes))
+        errors = self._regression_errors(network, features, noisy_actions, draws.divergence, velocity, divergence)
+        return errors.square().mean()
+
+    def _temperature_loss(self, entropy: th.Tensor, d: int) -> th.Tensor:
+        """
+        :param entropy: Of the policy in nats, a scalar
+        :param d: Number of action coordinates
+        :return: A scalar: SAC's loss (Eq. 30) for Adam; or one whose gradient is the distance from the target in bands of
+            ``ENTROPY_BAND`` nats per coordinate, at most 1, for plain steps
+        """
+        assert self.log_ent_coef is not None
+        excess = entropy - float(self.target_entropy)
+        if self.ent_coef_rate is None:
+            return (self.log_ent_coef.exp() * excess).mean()
+        return (self.log_ent_coef * (excess / (ENTROPY_BAND * d)).clamp(-1, 1)).mean()
 
     def _temperature(self) -> th.Tensor:
         if self.log_ent_coef is None:
