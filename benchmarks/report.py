@@ -128,8 +128,30 @@ def draw_curves(rows: pd.DataFrame, suite: dict[str, Any], path: Path) -> None:
                 ylabel=f"return, {mode}" if j == 0 else "",
                 title=task if i == 0 else "",
             )
+            if (x, mode) == panels[0] and (name := suite["tasks"][task].get("published")):
+                draw_published(name, axis)
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def draw_published(task: str, axis: plt.Axes) -> None:
+    """
+    Others' learning curves, as far as the axis goes; those of which it shows fewer than two points are left out.
+
+    :param task: Its name in ``results/published.csv``
+    :param axis: Of returns against steps
+    """
+    curves = pd.read_csv(RESULTS / "published.csv")
+    curves = curves[(curves["task"] == task) & (curves["step"] <= axis.dataLim.x1)]
+    lines = [
+        axis.plot(curve["step"], curve["mean"], f"{marker}--", color="grey", markersize=3, linewidth=0.8, label=name)[0]
+        for marker, (name, curve) in zip("ovsx", curves.groupby("algorithm"), strict=False)
+        if len(curve) > 1
+    ]
+    ours = axis.get_legend()
+    axis.legend(handles=lines, title="published", fontsize="x-small", title_fontsize="x-small", loc="center left")
+    if ours is not None:
+        axis.add_artist(ours)
 
 
 def draw_aggregate(rows: pd.DataFrame, suite: dict[str, Any], path: Path) -> None:

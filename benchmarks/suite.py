@@ -12,6 +12,7 @@ A suite is a YAML file:
       Reacher-v5:
         score: [-43, -4]  # returns that count as 0 and 1 where tasks are averaged
         steps: 10000      # `steps`, `episodes` and `params` of a task override the suite's
+        published: null   # the task's name in results/published.csv: curves of others to be drawn beside the suite's
     algorithms:           # a name in the results each
       MFPO: {algo: mfpo}
       MFPO, one step:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import estimators
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import proposals
@@ -26,6 +27,7 @@ from ray.cluster_utils import Cluster
 from scipy.stats import kstest, trim_mean, truncnorm
 
 from sb3_mfpo import MFPO
+from sb3_mfpo.training.return_scale import ReturnScale
 from tests.helpers import make_model
 
 BENCHMARKS = Path(run.__file__).parent
@@ -239,6 +241,24 @@ def test_means_over_training_by_steps_and_by_time(tmp_path: Path) -> None:
     )
 
 
+def test_curves_of_others_are_drawn_as_far_as_ours_go() -> None:
+    figure, axis = plt.subplots()
+    axis.plot([5_000, 50_000], [0, 1], label="MFPO")
+    axis.legend()
+    report.draw_published("HalfCheetah-v4", axis)
+    drawn = {line.get_label(): line.get_xydata() for line in axis.get_lines()}
+    # One of SAC's points and one of MR.Q's, read in the file
+    assert [16666.0, 547.0] in np.round(drawn["SAC"]).tolist()
+    assert [50_000.0, 5_887.0] in np.round(drawn["SimbaV2, 2 updates per step"]).tolist()
+    assert all(points[:, 0].max() <= 50_000 for points in drawn.values())
+    # Not even two points before 10 000 steps
+    shorter = figure.add_subplot()
+    shorter.plot([0, 10_000], [0, 1])
+    report.draw_published("HalfCheetah-v4", shorter)
+    assert "SAC" not in [line.get_label() for line in shorter.get_lines()]
+    assert [text.get_text() for text in shorter.get_legend().get_texts()] == ["CrossQ", "MR.Q"]
+
+
 def test_a_part_of_a_suite(tmp_path: Path) -> None:
     algorithms = {"A": {"algo": "sac"}, "B": {"algo": "td3"}}
     path = write_suite(tmp_path, algorithms=algorithms)
@@ -291,6 +311,16 @@ def test_leave_itself_out_removes_the_first_proposal(monkeypatch: pytest.MonkeyP
     whole, rest = seen
     assert whole.shape[1] == plain.n_policy_samples
     assert th.equal(whole[:, 1:], rest)
+
+
+def test_refresh_rarely_holds_the_scale_for_250_steps() -> None:
+    model = make_model(MFPO, seed=0, learning_starts=10_000)
+    model.learn(250, callback=variants.RefreshRarely())
+    held = model.return_scale.value
+    model.learn(249, reset_num_timesteps=False)
+    assert model.return_scale.value == held
+    model.learn(1, reset_num_timesteps=False)
+    assert model.return_scale.value == ReturnScale.value.fget(model.return_scale) != held
 
 
 def test_estimators_on_a_model_with_known_sample_sizes(tmp_path: Path) -> None:
