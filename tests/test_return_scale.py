@@ -54,9 +54,9 @@ def test_a_power_of_two_scales_it_exactly(exponent: int) -> None:
 
 def test_it_is_one_until_a_reward_is_not_zero() -> None:
     scale = scale_of(np.zeros((10, 2)), np.zeros((10, 2), bool), gamma=0.99)
-    assert scale.value == 1.0 and not scale.known
+    assert scale.value == 1.0 and not scale.settled
     scale.update(np.array([0.0, 1e-3]), np.array([False, False]), 0.99)
-    assert scale.value == pytest.approx(np.std([0.0] * 21 + [1e-3])) and scale.known
+    assert scale.value == pytest.approx(np.std([0.0] * 21 + [1e-3]))
 
 
 class ScaledRewards(gym.RewardWrapper):
@@ -169,19 +169,19 @@ def test_an_evaluation_does_not_touch_it(algorithm: Algorithm) -> None:
 
 
 class Outlier(gym.RewardWrapper):
-    """One reward of a million, at the 40th step."""
+    """One reward of a million, at the 140th step."""
 
     steps = 0
 
     def reward(self, reward: Any) -> float:
         self.steps += 1
-        return 1e6 if self.steps == 40 else float(reward)
+        return 1e6 if self.steps == 140 else float(reward)
 
 
 def test_a_reward_that_moves_it_tenfold_is_reported(algorithm: Algorithm) -> None:
     model = make_model(algorithm, Outlier(RandomEnv()), seed=0)
     with pytest.warns(UserWarning, match="raised the scale of the returns from .* to .*clip them"):
-        model.learn(60)
+        model.learn(160)
 
 
 def test_a_first_reward_is_not(algorithm: Algorithm) -> None:
@@ -189,9 +189,19 @@ def test_a_first_reward_is_not(algorithm: Algorithm) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         env = gym.wrappers.TransformReward(Outlier(RandomEnv()), lambda reward: float(reward == 1e6))
-        model = make_model(algorithm, env, seed=0, policy_kwargs=dict(value_init="narrow", value_range=20.0)).learn(60)
+        model = make_model(algorithm, env, seed=0, policy_kwargs=dict(value_init="narrow", value_range=20.0)).learn(160)
     assert model.return_scale is not None and model.return_scale.largest == 1
     assert all(th.isfinite(parameter).all() for parameter in model.policy.parameters())
+
+
+@pytest.mark.parametrize("reward", [None, 1.0])
+def test_learning_from_the_first_step_is_not_reported(algorithm: Algorithm, reward: float | None) -> None:
+    """The scale of the first returns, and a support as wide as the first of them, say nothing yet."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        env = gym.wrappers.TransformReward(RandomEnv(), lambda r: r if reward is None else reward)
+        kwargs = dict(value_range=20.0, value_init="narrow", n_atoms=101)
+        make_model(algorithm, env, seed=0, learning_starts=0, policy_kwargs=kwargs).learn(300)
 
 
 def test_rewards_that_are_normalised_already_are_reported(algorithm: Algorithm) -> None:

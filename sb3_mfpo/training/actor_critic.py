@@ -247,10 +247,9 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
     def _follow_returns(self, reward: np.ndarray) -> None:
         if self.return_scale is None:
             return
-        before = self.return_scale.value
-        learning = self.return_scale.known and self._n_updates > 0
+        before, settled = self.return_scale.value, self.return_scale.settled
         self.return_scale.update(reward, self._episode_starts, self.gamma)
-        if learning and self.return_scale.value > self.MAX_SCALE_JUMP * before:
+        if settled and self._n_updates > 0 and self.return_scale.value > self.MAX_SCALE_JUMP * before:
             warnings.warn(
                 f"The rewards {reward} at step {self.num_timesteps} raised the scale of the returns from {before:g} to "
                 f"{self.return_scale.value:g}, which blurs the values learned so far: it does not fall again. If they are "
@@ -440,7 +439,8 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
         self.logger.record("train/updates_per_step", gradient_steps / max(self._rollout_timesteps, 1))
         for name, value in metrics.items():
             self.logger.record(f"train/{name}", value)
-        if metrics.get("clipped_target_mass", 0.0) > self.MAX_CLIPPED_MASS and not self._warned_of_clipping:
+        settled = self.return_scale is None or self.return_scale.settled
+        if settled and metrics.get("clipped_target_mass", 0.0) > self.MAX_CLIPPED_MASS and not self._warned_of_clipping:
             self._warned_of_clipping = True
             atoms: Any = self.critic.atoms
             low, high = atoms[0].item(), atoms[-1].item()

@@ -31,9 +31,9 @@ class ReturnScale:
         return max(float(np.sqrt(self.moments.var)), self.largest / self.value_range) or 1.0
 
     @property
-    def known(self) -> bool:
-        """Whether any reward was not 0."""
-        return self.largest > 0
+    def settled(self) -> bool:
+        """Whether a hundred returns were seen, and one that is not 0: until then the scale moves by itself."""
+        return self.largest > 0 and self.moments.count >= 100
 
     def update(self, rewards: np.ndarray, starts: np.ndarray, gamma: float) -> None:
         """
