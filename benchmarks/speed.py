@@ -1,5 +1,5 @@
 """
-Cost of MFPO and SOM against SB3's SAC and TD3 and sb3-contrib's TQC, all with three layers of 256: gradient step, action,
+Cost of MFPO and SOM against SB3's SAC and TD3 and sb3-contrib's TQC, all with two layers of 256: gradient step, action,
 whole training loop; where MFPO's gradient step spends its time, how many operators it has and how much memory it takes.
 
 All take turns within one process, so that other load on the machine meets them alike; a ratio is the median over the rounds of
@@ -45,6 +45,8 @@ from sb3_mfpo.training.actor_critic import ActorCriticAlgorithm
 # Sizes of observation and action
 TASKS = {"HalfCheetah": (17, 6), "Humanoid": (348, 17), "dog": (223, 38)}
 BATCH_SIZE = 256
+# Gradient steps that are timed, profiled and counted together
+STEPS = 4
 # Methods between which a gradient step's time is divided; a method's share leaves out those within it
 PARTS = {
     "replay buffer": ("replay_buffer", "sample"),
@@ -94,7 +96,7 @@ def make_models(env: Callable[[], gym.Env], width: int, device: str, quick: bool
         name: algorithm(
             "MlpPolicy",
             env(),
-            **{**common, **kwargs, "policy_kwargs": {**kwargs.get("policy_kwargs", {}), "net_arch": [width] * 3}},
+            **{**common, **kwargs, "policy_kwargs": {**kwargs.get("policy_kwargs", {}), "net_arch": [width] * 2}},
         )
         for name, (algorithm, kwargs) in kinds.items()
     }
@@ -143,8 +145,8 @@ def compare(
 
 
 def gradient_steps(models: dict[str, OffPolicyAlgorithm], rounds: int, device: str) -> Rows:
-    """Two at a time: MFPO, SOM and TD3 update their policies at every second one."""
-    functions = {name: partial(model.train, gradient_steps=2, batch_size=BATCH_SIZE) for name, model in models.items()}
+    """``STEPS`` at a time: MFPO and SOM update their policies at every fourth one, TD3 at every second."""
+    functions = {name: partial(model.train, gradient_steps=STEPS, batch_size=BATCH_SIZE) for name, model in models.items()}
     return compare(functions, rounds, ("SAC", "MFPO", "MFPO, plain"), device)
 
 
@@ -195,7 +197,7 @@ def profile(model: MFPO, rounds: int) -> dict[str, float]:
         owner = getattr(model, owner_name) if owner_name else model
         object.__setattr__(owner, method, partial(timed, name, getattr(owner, method)))
     for _ in range(rounds):
-        timed("rest", model.train, gradient_steps=2, batch_size=BATCH_SIZE)
+        timed("rest", model.train, gradient_steps=STEPS, batch_size=BATCH_SIZE)
     return {name: value / sum(spent.values()) for name, value in spent.items()}
 
 
@@ -225,29 +227,29 @@ def path_of_a_gpu() -> Iterator[None]:
 
 
 def operators(models: dict[str, OffPolicyAlgorithm]) -> dict[str, int]:
-    """Operators of two gradient steps, MFPO's and SOM's as on a GPU."""
+    """Operators of ``STEPS`` gradient steps, MFPO's and SOM's as on a GPU."""
     counts = {}
     for name in ("SAC", "TD3", "TQC", "MFPO", "SOM", "MFPO, paper", "MFPO, plain"):
         with path_of_a_gpu(), CountOperators() as counter:
-            models[name].train(gradient_steps=2, batch_size=BATCH_SIZE)
+            models[name].train(gradient_steps=STEPS, batch_size=BATCH_SIZE)
         counts[name] = len(counter.names)
     return counts
 
 
 def peak_memory(task: str, width: int, device: str, threads: int) -> float | None:
     """
-    Megabytes that the first two gradient steps take at their peak above what the process, or on a GPU PyTorch, held before.
-    They also create the optimizers' states, twice the size of the networks. None where the system does not tell.
+    Megabytes that the first ``STEPS`` gradient steps take at their peak above what the process, or on a GPU PyTorch, held
+    before. They also create the optimizers' states, twice the size of the networks. None where the system does not tell.
     """
     th.set_num_threads(threads)
     model = MFPO(
-        "MlpPolicy", RandomTask(*TASKS[task]), device=device, policy_kwargs=dict(net_arch=[width] * 3), buffer_size=1000
+        "MlpPolicy", RandomTask(*TASKS[task]), device=device, policy_kwargs=dict(net_arch=[width] * 2), buffer_size=1000
     )
     model.learn(100)
     if device == "cuda":
         before = th.cuda.memory_allocated()
         th.cuda.reset_peak_memory_stats()
-        model.train(2, BATCH_SIZE)
+        model.train(STEPS, BATCH_SIZE)
         return 1e-6 * (th.cuda.max_memory_allocated() - before)
     if not Path("/proc/self/clear_refs").exists():
         return None
@@ -259,7 +261,7 @@ def peak_memory(task: str, width: int, device: str, threads: int) -> float | Non
     # Resets the peak to what is resident now
     Path("/proc/self/clear_refs").write_text("5")
     resident_before = resident("VmRSS")
-    model.train(2, BATCH_SIZE)
+    model.train(STEPS, BATCH_SIZE)
     return resident("VmHWM") - resident_before
 
 
@@ -306,7 +308,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     print(json.dumps({key: results[key] for key in ("command", "versions", "hardware")}, indent=2))
     for task in tasks:
         models = make_models(partial(RandomTask, *TASKS[task]), width, options.device, options.quick)
-        part: dict[str, Any] = {"two gradient steps": gradient_steps(models, rounds, options.device)}
+        part: dict[str, Any] = {f"{STEPS} gradient steps": gradient_steps(models, rounds, options.device)}
         part |= actions(models, rounds)
         for title, rows in part.items():
             print_rows(f"{task}: {title}", rows)
@@ -314,7 +316,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         part["profile"] = profile(models["MFPO"], rounds)  # type: ignore[arg-type]
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             part["peak memory in MB"] = pool.apply(peak_memory, (task, width, options.device, options.threads))
-        print(f"\n{task}: operators {part['operators']}; peak memory of the first two {part['peak memory in MB']} MB")
+        print(f"\n{task}: operators {part['operators']}; peak memory of the first {STEPS} {part['peak memory in MB']} MB")
         for name, share in sorted(part["profile"].items(), key=lambda item: -item[1]):
             print(f"{name:32} {share:6.1%}")
         results["tasks"][task] = part

@@ -34,12 +34,12 @@ def test_defaults() -> None:
     # Values start around 0, in a range that follows the returns
     assert th.equal(policy.critic.atoms, th.linspace(-20, 20, 101)) and policy.v_min is None
     assert (policy.value_init, policy.value_range) == ("narrow", 20.0)
-    assert policy.net_arch == [256, 256, 256]
+    assert policy.net_arch == [256, 256]
     assert policy.actor.sampling_times.tolist() == [1, 0.25, 0]
     assert policy.action_fourier_std == 0.5
-    # [action, its features, state, time] and [state, action], three hidden layers
+    # [action, its features, state, time] and [state, action], two hidden layers
     assert policy.actor.network.input_layer.weight.shape == (256, 2 + 32 + 3 + 64)
-    assert [m.out_features for m in policy.critic.q_networks[0].body if isinstance(m, nn.Linear)] == [256, 256, 101]
+    assert [m.out_features for m in policy.critic.q_networks[0].body if isinstance(m, nn.Linear)] == [256, 101]
 
 
 def test_the_papers_settings() -> None:
@@ -52,6 +52,7 @@ def test_the_papers_settings() -> None:
     assert (model.time_mean, model.time_std) == (-0.4, 1.0)
     policy = model.policy
     assert th.equal(policy.critic.atoms, th.linspace(-1600, 1600, 101)) and policy.value_init == "uniform"
+    assert policy.net_arch == [256, 256, 256]
     # Equal steps, [action, state, time]
     assert policy.actor.sampling_times.tolist() == [1, 0.5, 0]
     assert policy.actor.network.input_layer.weight.shape == (256, 2 + 3 + 64)

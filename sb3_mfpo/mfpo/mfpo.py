@@ -155,7 +155,14 @@ class MFPO(MeanFlowAlgorithm):
         intervals="any",
         equal_time_share=0.75,
         uniform_time_share=0.0,
-        policy_kwargs=dict(action_fourier_dim=0, sampling_power=1.0, v_min=-1600.0, v_max=1600.0, value_init="uniform"),
+        policy_kwargs=dict(
+            net_arch=[256, 256, 256],
+            action_fourier_dim=0,
+            sampling_power=1.0,
+            v_min=-1600.0,
+            v_max=1600.0,
+            value_init="uniform",
+        ),
     )
 
     def __init__(

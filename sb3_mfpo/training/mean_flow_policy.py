@@ -24,7 +24,7 @@ class MeanFlowPolicy(GenerativePolicy):
     :param observation_space: Observation space
     :param action_space: Action space
     :param lr_schedule: Learning rate schedule (could be constant)
-    :param net_arch: Widths of the hidden layers, [256, 256, 256] by default, or ``dict(pi=[...], qf=[...])``
+    :param net_arch: Widths of the hidden layers, [256, 256] by default, as SB3's SAC, or ``dict(pi=[...], qf=[...])``
     :param activation_fn: Activation function, or anything that makes one; tanh-approximated GELU by default
     :param layer_norm: Whether to use LayerNorm in all hidden layers
     :param time_fourier_dim: Number of learned Fourier features of each time (even)

@@ -106,7 +106,7 @@ class GenerativePolicy(BasePolicy):
 
     :param observation_space: Observation space
     :param action_space: Action space
-    :param net_arch: Widths of the hidden layers, [256, 256, 256] by default, or ``dict(pi=[...], qf=[...])``
+    :param net_arch: Widths of the hidden layers, [256, 256] by default, as SB3's SAC, or ``dict(pi=[...], qf=[...])``
     :param activation_fn: Activation function, or anything that makes one; tanh-approximated GELU by default
     :param layer_norm: Whether to use LayerNorm in all hidden layers
     :param critic_type: "categorical" (C51) or "scalar" (plain Q-networks, mean squared error)
@@ -191,7 +191,7 @@ class GenerativePolicy(BasePolicy):
             squash_output=True,
             normalize_images=normalize_images,
         )
-        self.net_arch = [256, 256, 256] if net_arch is None else net_arch
+        self.net_arch = [256, 256] if net_arch is None else net_arch
         self.activation_fn = activation_fn
         self.layer_norm = layer_norm
         self.critic_type = critic_type
