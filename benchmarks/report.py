@@ -1,10 +1,11 @@
 """
 What a suite's results say: learning curves by steps and by time, aggregates with rliable, a table in Markdown.
 
-Writes ``<suite>_curves.png``, ``<suite>_aggregate.png``, ``<suite>.md`` and ``<suite>_by_task.md``. Scores are returns on the
-suite's scale for the task (0 and 1 are its ``score``); intervals are 95 % bootstrap intervals, stratified by task.
+Writes ``<suite>_curves.png`` and ``<suite>_by_task.md``; once all runs are done ``<suite>_aggregate.png`` and ``<suite>.md``,
+too. Scores are returns on the suite's scale for the task (0 and 1 are its ``score``); intervals are 95 % bootstrap intervals,
+stratified by task.
 
-    python benchmarks/report.py benchmarks/suites/cpu.yml
+    python benchmarks/report.py benchmarks/suites/defaults.yml
 """
 
 from __future__ import annotations
@@ -39,17 +40,24 @@ def read_results(path: Path, suite: dict[str, Any]) -> pd.DataFrame:
     :param path: CSV file of ``run.py``
     :param suite: From ``read_suite``
     :return: The rows of the suite's algorithms, tasks and seeds with their ``score``
-    :raises ValueError: If runs of the suite are missing
+    :raises ValueError: If there are none
     """
     rows = pd.read_csv(path)
     for column in KEYS:
         rows = rows[rows[column].isin(suite[f"{column}s"])]
-    expected = len(suite["algorithms"]) * len(suite["tasks"]) * len(suite["seeds"])
-    found = len(rows[KEYS].drop_duplicates())
-    if found < expected:
-        raise ValueError(f"{path} holds {found} of the suite's {expected} runs: `python benchmarks/run.py` does the others.")
+    if rows.empty:
+        raise ValueError(f"{path} holds no run of the suite: `python benchmarks/run.py` does them.")
     low, high = (rows["task"].map({task: settings["score"][i] for task, settings in suite["tasks"].items()}) for i in (0, 1))
     return rows.assign(score=(rows["return"] - low) / (high - low))
+
+
+def n_missing(rows: pd.DataFrame, suite: dict[str, Any]) -> int:
+    """
+    :param rows: From ``read_results``
+    :param suite: The suite
+    :return: How many of the suite's runs are not done
+    """
+    return len(suite["algorithms"]) * len(suite["tasks"]) * len(suite["seeds"]) - len(rows[KEYS].drop_duplicates())
 
 
 def scores(rows: pd.DataFrame, suite: dict[str, Any], mode: str, at_end: bool) -> dict[str, np.ndarray]:
@@ -105,11 +113,10 @@ def draw_curves(rows: pd.DataFrame, suite: dict[str, Any], path: Path) -> None:
     rows = rows.assign(minutes=times / 60)
     panels = [("step", "deterministic"), ("step", "sample"), ("minutes", "deterministic")]
     tasks = list(suite["tasks"])
-    figure, axes = plt.subplots(
-        len(panels), len(tasks), figsize=(3.6 * len(tasks), 2.7 * len(panels)), squeeze=False, layout="constrained"
-    )
-    for i, (x, mode) in enumerate(panels):
-        for j, task in enumerate(tasks):
+    size = (3.6 * len(panels), 2.5 * len(tasks) + 0.3)
+    figure, axes = plt.subplots(len(tasks), len(panels), figsize=size, squeeze=False, layout="constrained")
+    for i, task in enumerate(tasks):
+        for j, (x, mode) in enumerate(panels):
             axis = axes[i, j]
             seaborn.lineplot(
                 rows[(rows["task"] == task) & (rows["mode"] == mode)],
@@ -124,11 +131,11 @@ def draw_curves(rows: pd.DataFrame, suite: dict[str, Any], path: Path) -> None:
                 legend="auto" if i == j == 0 else False,
             )
             axis.set(
-                xlabel={"step": "environment steps", "minutes": "minutes of training"}[x],
-                ylabel=f"return, {mode}" if j == 0 else "",
-                title=task if i == 0 else "",
+                xlabel={"step": "environment steps", "minutes": "minutes of training"}[x] if i == len(tasks) - 1 else "",
+                ylabel=f"{task.removeprefix('dm_control/')}\nreturn" if j == 0 else "",
+                title=f"{mode}, by {'steps' if x == 'step' else 'time'}" if i == 0 else "",
             )
-            if (x, mode) == panels[0] and (name := suite["tasks"][task].get("published")):
+            if j == 0 and (name := suite["tasks"][task].get("published")):
                 draw_published(name, axis)
     figure.savefig(path, dpi=100)
     plt.close(figure)
@@ -282,23 +289,35 @@ def table_by_task(rows: pd.DataFrame, suite: dict[str, Any]) -> str:
     """
     :param rows: From ``read_results``
     :param suite: The suite
-    :return: Markdown: for each task the mean over training by equal steps and by equal time, with the range of the seeds, and
-        the time of a run
+    :return: Markdown: a line for each task and algorithm with the mean over training by equal steps and by equal time, the
+        returns at the end, all with the range of the seeds, and the time of a run
     """
-    means = over_training(rows)
-    minutes = rows.groupby(KEYS)["seconds"].max().groupby(["task", "algorithm"]).mean() / 60
-    lines = [["task", *(f"{name}, {by}" for by in ("equal steps", "equal time", "minutes") for name in suite["algorithms"])]]
-    lines.append(["---"] * len(lines[0]))
+    over, last = over_training(rows), rows.sort_values("step").groupby([*KEYS, "mode"]).last()
+    heads = ["task", "algorithm", "seeds", "over training, equal steps", "equal time", "at the end", "same, sample", "minutes"]
+    lines = [heads, ["---"] * len(heads)]
     for task in suite["tasks"]:
-        cells = [task]
-        for by in ("steps", "time"):
-            for name in suite["algorithms"]:
-                values = means.loc[name, task][by]
-                digits = 1 if abs(values.mean()) < 100 else 0
-                cells.append(f"{values.mean():.{digits}f} ({values.min():.{digits}f} to {values.max():.{digits}f})")
-        cells += [f"{minutes[task, name]:.1f}" for name in suite["algorithms"]]
-        lines.append(cells)
+        names = [name for name in suite["algorithms"] if (name, task) in over.index.droplevel("seed")]
+        for name in names:
+            ends = last.loc[name, task]
+            columns = [
+                over.loc[name, task]["steps"],
+                over.loc[name, task]["time"],
+                *(ends.xs(mode, level="mode")["return"] for mode in MODES),
+            ]
+            cells = [task if name == names[0] else "", name, str(len(columns[0]))]
+            cells += [with_range(values) for values in columns]
+            lines.append([*cells, f"{ends['seconds'].mean() / 60:.1f}"])
     return markdown(lines)
+
+
+def with_range(values: pd.Series) -> str:
+    """
+    :param values: Of the seeds
+    :return: "mean (lowest to highest)", the mean alone of a single seed
+    """
+    digits = 1 if abs(values.mean()) < 100 else 0
+    spread = f" ({values.min():.{digits}f} to {values.max():.{digits}f})" if len(values) > 1 else ""
+    return f"{values.mean():.{digits}f}{spread}"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -312,10 +331,15 @@ def main(arguments: list[str] | None = None) -> None:
     rows = read_results(options.input or RESULTS / f"{name}.csv", suite)
     options.images.mkdir(parents=True, exist_ok=True)
     draw_curves(rows, suite, options.images / f"{name}_curves.png")
-    draw_aggregate(rows, suite, options.images / f"{name}_aggregate.png")
     path = options.table or RESULTS / f"{name}.md"
+    by_task = path.with_stem(f"{path.stem}_by_task")
+    by_task.write_text(table_by_task(rows, suite) + "\n")
+    print(by_task.read_text())
+    if missing := n_missing(rows, suite):
+        print(f"No aggregates: {missing} runs are missing. `--tasks` and `--algorithms` select a part of the suite.")
+        return
+    draw_aggregate(rows, suite, options.images / f"{name}_aggregate.png")
     path.write_text(table(rows, suite) + "\n")
-    path.with_stem(f"{path.stem}_by_task").write_text(table_by_task(rows, suite) + "\n")
     print(path.read_text())
 
 

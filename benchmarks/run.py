@@ -4,7 +4,7 @@ Do the runs of a suite that are not in its results yet, by the zoo's ``train``, 
 The same command continues an interrupted suite: finished runs are in the CSV file, and MFPO and SOM resume from their last
 checkpoint. With ``--ray-address`` the runs are tasks of a Ray cluster.
 
-    python benchmarks/run.py benchmarks/suites/cpu.yml --workers 2
+    python benchmarks/run.py benchmarks/suites/defaults.yml --workers 2
     python benchmarks/run.py benchmarks/suites/gpu.yml --ray-address auto --device cuda --gpus-per-run 0.1
 """
 

@@ -70,7 +70,7 @@ def test_a_suite_from_start_to_report(tmp_path: Path) -> None:
     table = tmp_path / "smoke.md"
     report.main([str(smoke), "--input", str(tmp_path / "results.csv"), "--images", str(tmp_path), "--table", str(table)])
     assert len(table.read_text().splitlines()) == 2 + 4
-    assert len((tmp_path / "smoke_by_task.md").read_text().splitlines()) == 2 + 1
+    assert len((tmp_path / "smoke_by_task.md").read_text().splitlines()) == 2 + 4
     for name in ("curves", "aggregate"):
         assert (tmp_path / f"smoke_{name}.png").stat().st_size > 20_000
 
@@ -232,12 +232,16 @@ def test_means_over_training_by_steps_and_by_time(tmp_path: Path) -> None:
     # Within three minutes: A is at 0 for one and rises for two; B is at 0 for two and at 75 after three
     assert means["time"].to_list() == pytest.approx([2 / 3 * 100, 1 / 3 * 75 / 2], rel=1e-2)
     suite = TINY | dict(algorithms={name: {"algo": "sac"} for name in "AB"})
+    a, b = report.table_by_task(table, suite).splitlines()[2:]
+    assert a == "| Pendulum-v1 | A | 1 | 100 | 66.7 | 200 | 100 | 3.0 |"
+    assert b == "|  | B | 1 | 150 | 12.5 | 300 | 200 | 6.0 |"
+    # More seeds of one than of the other
+    more = pd.concat([table, table[table["algorithm"] == "A"].assign(seed=1)])
+    more.loc[more["seed"] == 1, "return"] *= 2
     assert (
-        report.table_by_task(table, suite)
+        report.table_by_task(more, suite)
         .splitlines()[2]
-        .startswith(
-            "| Pendulum-v1 | 100 (100 to 100) | 150 (150 to 150) | 66.7 (66.7 to 66.7) | 12.5 (12.5 to 12.5) | 3.0 | 6.0 |"
-        )
+        .startswith("| Pendulum-v1 | A | 2 | 150 (100 to 200) | 100 (67 to 133)")
     )
 
 
@@ -270,20 +274,24 @@ def test_a_part_of_a_suite(tmp_path: Path) -> None:
         suites.read_suite(path, tasks=["Hopper-v5"])
 
 
-def test_a_report_needs_all_runs(tmp_path: Path) -> None:
-    made_up(tmp_path / "results.csv", {"MFPO": [[1.0]]})
-    with pytest.raises(ValueError, match="1 of the suite's 2 runs"):
-        report.read_results(tmp_path / "results.csv", TINY | {"seeds": [0, 1]})
+def test_a_report_on_a_part_of_the_runs_has_no_aggregates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made_up(tmp_path / "results.csv", {"MFPO": [[1.0, 2.0]]})
+    suite = write_suite(tmp_path, seeds=[0, 1])
+    report.main(
+        [str(suite), "--input", str(tmp_path / "results.csv"), "--images", str(tmp_path), "--table", str(tmp_path / "a.md")]
+    )
+    assert "No aggregates: 1 runs are missing" in capsys.readouterr().out
+    assert "| Pendulum-v1 | MFPO | 1 |" in (tmp_path / "a_by_task.md").read_text()
+    assert (tmp_path / "tiny_curves.png").exists() and not (tmp_path / "a.md").exists()
+    with pytest.raises(ValueError, match="holds no run of the suite"):
+        report.read_results(tmp_path / "results.csv", TINY | {"seeds": [7]})
 
 
 @pytest.mark.parametrize(
     ("name", "page"),
     [
-        ("cpu", "README.md"),
         ("ablations", "docs/mfpo.md"),
-        ("sample_efficiency", "docs/benchmarks.md"),
         ("value_range", "docs/benchmarks.md"),
-        ("equal_time", "docs/benchmarks.md"),
     ],
 )
 def test_published_tables_match_the_result_files(name: str, page: str, monkeypatch: pytest.MonkeyPatch) -> None:
