@@ -1,5 +1,6 @@
 """Benchmark runs: suites, runner (interrupted, and on a real Ray cluster), reports with known answers."""
 
+import inspect
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import pandas as pd
 import proposals
 import pytest
 import report
+import rl_zoo3
 import run
 import sharpness
 import suite as suites
@@ -28,7 +30,8 @@ from scipy.stats import kstest, trim_mean, truncnorm
 
 from sb3_mfpo import MFPO
 from sb3_mfpo.training.return_scale import ReturnScale
-from tests.helpers import make_model
+from sb3_mfpo.zoo.registration import ALGORITHMS, hyperparameter_file
+from tests.helpers import RandomEnv, make_model
 
 BENCHMARKS = Path(run.__file__).parent
 SUITES = sorted((BENCHMARKS / "suites").glob("*.yml"))
@@ -160,8 +163,6 @@ def test_mistakes_in_a_suite_are_named(tmp_path: Path, changes: dict[str, Any], 
 @pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
 def test_shipped_suites_are_valid(path: Path) -> None:
     """Every run's command can be written, tasks exist, and every hyperparameter is an argument of its algorithm."""
-    import inspect
-
     import gymnasium as gym
     from rl_zoo3.utils import ALGOS
 
@@ -177,6 +178,27 @@ def test_shipped_suites_are_valid(path: Path) -> None:
     for one in suites.runs_of(suite):
         assert one.params.keys() - {"callback"} <= inspect.signature(ALGOS[one.algo].__init__).parameters.keys()
         assert len(suites.command_of(one, Path("folder"), "cpu")) > 10
+
+
+@pytest.mark.parametrize("task", suites.read_suite(BENCHMARKS / "suites" / "defaults.yml")["tasks"])
+def test_the_suite_of_the_defaults_has_no_other_argument(task: str) -> None:
+    """Whatever the zoo's files have for a task, a run has the algorithm's own defaults."""
+    from rl_zoo3.utils import ALGOS
+
+    from sb3_mfpo.zoo.registration import register
+
+    register()
+    for one in suites.runs_of(suites.read_suite(BENCHMARKS / "suites" / "defaults.yml", tasks=[task])):
+        of_rl_zoo = Path(rl_zoo3.__file__).parent / "hyperparams" / f"{one.algo}.yml"
+        content = yaml.safe_load((hyperparameter_file(one.algo) if one.algo in ALGORITHMS else of_rl_zoo).read_text())
+        params = {**content.get(task, content["default"]), **one.params}
+        # A buffer that is never full; the noise that the zoo gives TD3, as its paper does
+        for name in ("n_timesteps", "policy", "buffer_size", "noise_type", "noise_std"):
+            params.pop(name, None)
+        model = ALGOS[one.algo]("MlpPolicy", RandomEnv(), buffer_size=10, device="cpu")
+        assert params.pop("policy_kwargs") == {"net_arch": model.policy.net_arch}
+        defaults = inspect.signature(type(model).__init__).parameters
+        assert params == {name: defaults[name].default for name in params}
 
 
 def made_up(path: Path, returns: dict[str, list[list[float]]]) -> pd.DataFrame:
