@@ -327,7 +327,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--images", type=Path, default=IMAGES, help="folder for the pictures (default: docs/images)")
     parser.add_argument("--table", type=Path, help="Markdown file (default: benchmarks/results/<suite>.md)")
     options = parser.parse_args(arguments)
-    name, suite = options.suite.stem, read_suite(options.suite, options.tasks, options.algorithms)
+    name, suite = options.suite.stem, read_suite(options.suite, options.tasks, options.algorithms, options.seeds)
     rows = read_results(options.input or RESULTS / f"{name}.csv", suite)
     options.images.mkdir(parents=True, exist_ok=True)
     draw_curves(rows, suite, options.images / f"{name}_curves.png")

@@ -116,7 +116,7 @@ def run_suite(options: argparse.Namespace) -> int:
     """
     output = options.output or RESULTS / f"{options.suite.stem}.csv"
     options.folder = options.folder or Path("runs") / options.suite.stem
-    runs = runs_of(read_suite(options.suite, options.tasks, options.algorithms))
+    runs = runs_of(read_suite(options.suite, options.tasks, options.algorithms, options.seeds))
     done, now = finished(output), commit()
     left = [run for run in runs if run.key not in done]
     bar = tqdm(total=sum(run.steps for run in runs), initial=sum(run.steps for run in runs if run.key in done), unit="step")

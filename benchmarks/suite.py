@@ -69,11 +69,14 @@ class Run:
         return self.algorithm, self.task, self.seed
 
 
-def read_suite(path: Path, tasks: Sequence[str] = (), algorithms: Sequence[str] = ()) -> dict[str, Any]:
+def read_suite(
+    path: Path, tasks: Sequence[str] = (), algorithms: Sequence[str] = (), seeds: Sequence[int] = ()
+) -> dict[str, Any]:
     """
     :param path: A suite's YAML file
     :param tasks: Those to keep; empty keeps all
     :param algorithms: Those to keep; empty keeps all
+    :param seeds: Those to keep; empty keeps all
     :return: Its content, tasks and algorithms as dictionaries
     :raises ValueError: If something is missing or unknown
     """
@@ -85,6 +88,9 @@ def read_suite(path: Path, tasks: Sequence[str] = (), algorithms: Sequence[str] 
         if unknown := set(kept) - suite[name].keys():
             raise ValueError(f"{path} has the {name} {list(suite[name])}, not {sorted(unknown)}.")
         suite[name] = {key: value or {} for key, value in suite[name].items() if not kept or key in kept}
+    if unknown := set(seeds) - set(suite["seeds"]):
+        raise ValueError(f"{path} has the seeds {suite['seeds']}, not {sorted(unknown)}.")
+    suite["seeds"] = list(seeds) or suite["seeds"]
     for name, algorithm in suite["algorithms"].items():
         if "algo" not in algorithm or algorithm.keys() - {"algo", "params", "tasks"}:
             raise ValueError(f"{path}: the algorithm {name!r} needs `algo`, and may have `params` and `tasks`: {algorithm}.")
@@ -98,6 +104,7 @@ def add_suite_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("suite", type=Path, help="YAML file, see benchmarks/suite.py")
     parser.add_argument("--tasks", nargs="+", default=[], help="a part of the suite's (default: all)")
     parser.add_argument("--algorithms", nargs="+", default=[], help="a part of the suite's (default: all)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[], help="a part of the suite's (default: all)")
 
 
 def runs_of(suite: dict[str, Any]) -> list[Run]:

@@ -292,6 +292,9 @@ def test_a_part_of_a_suite(tmp_path: Path) -> None:
     assert len(suites.runs_of(suites.read_suite(path))) == 2
     with pytest.raises(ValueError, match=r"has the algorithms \['A', 'B'\], not \['C'\]"):
         suites.read_suite(path, algorithms=["A", "C"])
+    assert suites.read_suite(write_suite(tmp_path, seeds=[0, 1, 2]), seeds=[2, 0])["seeds"] == [2, 0]
+    with pytest.raises(ValueError, match=r"has the seeds \[0, 1, 2\], not \[3\]"):
+        suites.read_suite(path, seeds=[0, 3])
     with pytest.raises(ValueError, match=r"has the tasks \['Pendulum-v1'\], not \['Hopper-v5'\]"):
         suites.read_suite(path, tasks=["Hopper-v5"])
 
