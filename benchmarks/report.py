@@ -112,8 +112,10 @@ def draw_curves(rows: pd.DataFrame, suite: dict[str, Any], path: Path) -> None:
     times = rows.groupby(["algorithm", "task", "step"])["seconds"].transform("mean")
     rows = rows.assign(minutes=times / 60)
     panels = [("step", "deterministic"), ("step", "sample"), ("minutes", "deterministic")]
-    tasks = list(suite["tasks"])
-    size = (3.6 * len(panels), 2.5 * len(tasks) + 0.3)
+    tasks = [task for task in suite["tasks"] if (rows["task"] == task).any()]
+    names = [name for name in suite["algorithms"] if (rows["algorithm"] == name).any()]
+    colors = seaborn.color_palette(PALETTE, n_colors=len(names))
+    size = (3.6 * len(panels), 2.5 * len(tasks) + 0.3 * -(-len(names) // 4) + 0.3)
     figure, axes = plt.subplots(len(tasks), len(panels), figsize=size, squeeze=False, layout="constrained")
     for i, task in enumerate(tasks):
         for j, (x, mode) in enumerate(panels):
@@ -123,12 +125,12 @@ def draw_curves(rows: pd.DataFrame, suite: dict[str, Any], path: Path) -> None:
                 x=x,
                 y="return",
                 hue="algorithm",
-                hue_order=list(suite["algorithms"]),
-                palette=PALETTE,
+                hue_order=names,
+                palette=colors,
                 errorbar=("ci", 95),
                 seed=0,
                 ax=axis,
-                legend="auto" if i == j == 0 else False,
+                legend=False,
             )
             axis.set(
                 xlabel={"step": "environment steps", "minutes": "minutes of training"}[x] if i == len(tasks) - 1 else "",
@@ -137,6 +139,7 @@ def draw_curves(rows: pd.DataFrame, suite: dict[str, Any], path: Path) -> None:
             )
             if j == 0 and (name := suite["tasks"][task].get("published")):
                 draw_published(name, axis)
+    draw_legend(figure, names, colors)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
@@ -155,10 +158,18 @@ def draw_published(task: str, axis: plt.Axes) -> None:
         for marker, (name, curve) in zip("ovsx", curves.groupby("algorithm"), strict=False)
         if len(curve) > 1
     ]
-    ours = axis.get_legend()
-    axis.legend(handles=lines, title="published", fontsize="x-small", title_fontsize="x-small", loc="center left")
-    if ours is not None:
-        axis.add_artist(ours)
+    if lines:
+        axis.legend(handles=lines, title="published", fontsize="x-small", title_fontsize="x-small")
+
+
+def draw_legend(figure: plt.Figure, names: list[str], colors: list[Any]) -> None:
+    """
+    :param figure: With constrained layout
+    :param names: Of the algorithms
+    :param colors: Theirs
+    """
+    lines = [plt.Line2D([], [], color=color, label=name) for name, color in zip(names, colors, strict=True)]
+    figure.legend(handles=lines, loc="outside lower center", ncols=4)
 
 
 def draw_aggregate(rows: pd.DataFrame, suite: dict[str, Any], path: Path) -> None:
@@ -217,8 +228,7 @@ def draw_aggregate(rows: pd.DataFrame, suite: dict[str, Any], path: Path) -> Non
                 *improvements(last), pair_separator="|", colors=colors[1:], ax=line[2], xlabel="P(X better than Y)", **small
             )
             line[2].set_xlim(0, 1)
-    lines = [plt.Line2D([], [], color=color, label=name) for name, color in zip(names, colors, strict=True)]
-    figure.legend(handles=lines, loc="outside lower center", ncols=6)
+    draw_legend(figure, names, colors)
     # The titles of the last column stand out of their axes
     figure.savefig(path, dpi=90, bbox_inches="tight")
     plt.close(figure)
