@@ -28,7 +28,7 @@ def test_defaults() -> None:
     assert (model.n_probes, model.ent_coef_rate, model.actor_tau) == (2, 6.0, 0.02)
     assert (model.intervals, model.equal_time_share, model.uniform_time_share) == ("grid", 0.5, 0.5)
     assert (model.time_mean, model.time_std) == (-0.4, 1.0)
-    assert (model.critic_reduction, model.policy_delay, model.target_update_interval) == ("min", 4, 1)
+    assert (model.critic_reduction, model.policy_delay, model.target_update_interval) == ("mean", 4, 1)
     policy = model.policy
     assert (policy.sampling_steps, policy.n_action_candidates, len(policy.critic.q_networks)) == (2, 10, 2)
     # Values start around 0, in a range that follows the returns
@@ -49,7 +49,7 @@ def test_the_papers_settings() -> None:
     assert (model.n_probes, model.ent_coef_rate, model.actor_tau, model.policy_delay) == (2, None, 1.0, 1)
     # Logit-normal pairs, a quarter of them with r < t
     assert (model.intervals, model.equal_time_share, model.uniform_time_share) == ("any", 0.75, 0.0)
-    assert (model.time_mean, model.time_std) == (-0.4, 1.0)
+    assert (model.time_mean, model.time_std, model.critic_reduction) == (-0.4, 1.0, "min")
     policy = model.policy
     assert th.equal(policy.critic.atoms, th.linspace(-1600, 1600, 101)) and policy.value_init == "uniform"
     assert policy.net_arch == [256, 256, 256]

@@ -91,7 +91,7 @@ def test_the_papers_settings_are_a_configuration_of_the_zoo(tmp_path: Path) -> N
         "auto_0.01",
     )
     assert (model.policy.v_min, model.policy.v_max, model.policy.value_init) == (-1600, 1600, "uniform")
-    assert all(getattr(model, name) == value for name, value in MFPO.PAPER.items())
+    assert all(getattr(model, name) == value for name, value in MFPO.PAPER.items() if name != "critic_reduction")
 
 
 def test_enjoy(runs: Path) -> None:
