@@ -330,6 +330,14 @@ def test_published_tables_match_the_result_files(name: str, page: str, monkeypat
     assert without_intervals.sub("", table + "\n") == without_intervals.sub("", published)
 
 
+@pytest.mark.parametrize(("name", "page"), [("choices", "docs/benchmarks.md")])
+def test_published_tables_by_task_match_the_result_files(name: str, page: str) -> None:
+    published = (report.RESULTS / f"{name}_by_task.md").read_text()
+    assert published in (BENCHMARKS.parent / page).read_text()
+    suite = suites.read_suite(BENCHMARKS / "suites" / f"{name}.yml")
+    assert report.table_by_task(report.read_results(report.RESULTS / f"{name}.csv", suite), suite) + "\n" == published
+
+
 def test_leave_itself_out_removes_the_first_proposal(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[th.Tensor, th.Tensor]] = []
     estimate = MFPO._boltzmann_velocity
