@@ -330,7 +330,7 @@ def test_published_tables_match_the_result_files(name: str, page: str, monkeypat
     assert without_intervals.sub("", table + "\n") == without_intervals.sub("", published)
 
 
-@pytest.mark.parametrize(("name", "page"), [("choices", "docs/benchmarks.md")])
+@pytest.mark.parametrize(("name", "page"), [("defaults", "README.md"), ("choices", "docs/benchmarks.md")])
 def test_published_tables_by_task_match_the_result_files(name: str, page: str) -> None:
     published = (report.RESULTS / f"{name}_by_task.md").read_text()
     assert published in (BENCHMARKS.parent / page).read_text()
