@@ -27,7 +27,8 @@ import gates
 
 from sb3_mfpo import MFPO
 
-PAPER = MFPO.PAPER
+# With the layers of the gates
+PAPER: dict[str, Any] = {**MFPO.PAPER, "policy_kwargs": {**MFPO.PAPER["policy_kwargs"], "net_arch": [64, 64]}}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "defaults": ("MFPO", {}),
     "paper": ("MFPO", PAPER),

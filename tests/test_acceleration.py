@@ -53,7 +53,7 @@ def test_ten_steps_are_those_of_the_plain_formulation(sizes: str, reduction: str
     if sizes == "small":
         kwargs |= dict(n_policy_samples=3, n_gaussian_samples=4)
     many = dict(net_arch=[64, 64, 64], n_atoms=101) if sizes == "many rows" else {}
-    kwargs["policy_kwargs"] = {**SMALL_POLICY, **MFPO.PAPER["policy_kwargs"], **many}
+    kwargs["policy_kwargs"] = {**SMALL_POLICY, **MFPO.PAPER["policy_kwargs"], "net_arch": SMALL_POLICY["net_arch"], **many}
     models = [algorithm("MlpPolicy", RandomEnv(), **kwargs).learn(100) for algorithm in (MFPO, PlainMFPO)]
     batch_size = 64
     assert batch_size * models[0].n_gaussian_samples > layers.CACHED_ROWS or sizes == "small"

@@ -210,7 +210,7 @@ def test_the_toy_at_full_size(algorithm: str, target: str, seed: int) -> None:
 
 
 def train_reduced(toy: ModuleType, algorithm: str, target: str, **kwargs: Any) -> Any:
-    policy_kwargs = dict(net_arch=[128, 128, 128])
+    policy_kwargs = dict(net_arch=[128, 128])
     common = dict(updates=2500, seed=0, learning_rate=1e-3, device="cpu", policy_kwargs=policy_kwargs)
     model = toy.train(algorithm, toy.TARGETS[target], **common, **kwargs)
     th.manual_seed(0)

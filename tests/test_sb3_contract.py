@@ -379,8 +379,9 @@ def test_deterministic_actions_are_the_best_of_their_states_in_any_batch(algorit
         # Candidate by candidate
         features = policy.actor_target.encode(observations)
         candidates = [policy.act(features, noise.expand(300, 2)) for noise in policy.candidate_noise]
-        values = th.stack([th.cat(policy.critic_target(observations, action), dim=1).amin(dim=1) for action in candidates])
-        value = th.cat(policy.critic_target(observations, chosen), dim=1).amin(dim=1)
+        over_critics = {"min": th.amin, "mean": th.mean}[policy.critic_reduction]
+        values = th.stack([over_critics(th.cat(policy.critic_target(observations, action), 1), 1) for action in candidates])
+        value = over_critics(th.cat(policy.critic_target(observations, chosen), 1), 1)
     value_range = policy.critic.atoms[-1] - policy.critic.atoms[0]
     assert (value - values.amax(dim=0)).abs().max() < 1e-4 * value_range
     distances = th.stack([(chosen - action).abs().amax(dim=1) for action in candidates])

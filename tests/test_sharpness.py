@@ -29,7 +29,7 @@ def velocity_of_modes(noisy_actions: th.Tensor, t: th.Tensor) -> th.Tensor:
 def fit(algorithm: Algorithm, updates: int, **settings: Any) -> Any:
     """Supervised: regress the actor on the exact velocity, as the algorithm does on its estimate."""
     env = RandomEnv(spaces.Box(-1, 1, (1,), np.float32), spaces.Box(-1, 1, (1,), np.float32))
-    policy_kwargs = dict(net_arch=[64, 64], **settings.pop("policy_kwargs", {}))
+    policy_kwargs = {**settings.pop("policy_kwargs", {}), "net_arch": [64, 64]}
     model = algorithm(
         "MlpPolicy", env, learning_rate=1e-3, buffer_size=10, seed=0, device="cpu", policy_kwargs=policy_kwargs, **settings
     )
