@@ -346,7 +346,7 @@ def main(arguments: list[str] | None = None) -> None:
     by_task.write_text(table_by_task(rows, suite) + "\n")
     print(by_task.read_text())
     if missing := n_missing(rows, suite):
-        print(f"No aggregates: {missing} runs are missing. `--tasks` and `--algorithms` select a part of the suite.")
+        print(f"No aggregates: {missing} runs are missing. `--tasks`, `--algorithms` and `--seeds` select a part.")
         return
     draw_aggregate(rows, suite, options.images / f"{name}_aggregate.png")
     path.write_text(table(rows, suite) + "\n")
