@@ -119,3 +119,7 @@ def test_an_actor_may_use_more_noise_than_an_action_has_coordinates(tmp_path: Pa
     expected = th.stack(actions)[values.argmax(dim=0), th.arange(5)]
     assert np.allclose(best, 3 * expected.numpy(), atol=1e-5)
     assert policy.predict(observations)[0].shape == (5, 2)
+    policy.export(tmp_path / "policy.pt2", deterministic=False)
+    with th.no_grad():
+        expected = 3 * policy.act(features, noise := th.randn(5, 6))
+    assert th.allclose(th.export.load(tmp_path / "policy.pt2").module()(features, noise), expected, atol=1e-5)

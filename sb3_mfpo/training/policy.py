@@ -15,14 +15,16 @@ from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor, get_actor_critic_arch
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
 from sb3_mfpo.checks import check_choice, check_integer, check_range
 from sb3_mfpo.maths.categorical import reduce_values
 from sb3_mfpo.nets.actor import GenerativeActor
 from sb3_mfpo.nets.critics import CategoricalCritic, Critic, ScalarCritic
-from sb3_mfpo.nets.layers import TanhGELU, is_traced
+from sb3_mfpo.nets.layers import TanhGELU
 from sb3_mfpo.runs.files import replacing
+from sb3_mfpo.training.export import export_policy
 
 CRITIC_REDUCTIONS = ("min", "mean")
 CHOICES = {
@@ -375,7 +377,7 @@ class GenerativePolicy(BasePolicy):
         """
         candidates = self.actor_target(observation, noise=self.candidate_noise)
         # Sizes are no plain numbers in `torch.jit.trace`
-        if not is_traced() and candidates.shape[1] == 1:
+        if not th.jit.is_tracing() and candidates.shape[1] == 1:
             return candidates.squeeze(1)
         q_values = self.critic_target.q_values(self.critic_target.encode(observation).unsqueeze(1), candidates)
         best = reduce_values(q_values, self.critic_reduction).argmax(dim=1)
@@ -400,6 +402,27 @@ class GenerativePolicy(BasePolicy):
         :raises RuntimeError: If the architecture is another one
         """
         self.load_state_dict(th.load(path, map_location=self.device, weights_only=True))
+
+    def export(self, path: str | Path, deterministic: bool = True, vec_normalize: VecNormalize | None = None) -> None:
+        """
+        Write how the policy acts now to a file that needs neither this package nor, in ONNX, PyTorch. It holds all from the
+        observation to the action: preprocessing, features extractor, candidates and their values, scaling to the bounds.
+
+        Its inputs, for any batch size B, are ``observation`` of shape (B, ...) in the type of the observation space (for Dict
+        spaces one input per key; images have their channels first) and, if not deterministic, ``noise``, standard-normal
+        float32 of shape (B, noise_dim), where ``noise_dim`` is ``actor_target.noise_dim``. Its output is ``action``, of shape
+        (B, ...), within the bounds of the action space. See docs/export.md.
+
+        :param path: The file's path, in a folder that exists; ".onnx" writes ONNX, ".pt2" what ``torch.export.load`` reads
+        :param deterministic: Whether to act as ``predict(deterministic=True)`` does, which takes the best candidate; else
+            carry the given noise to an action
+        :param vec_normalize: Normalise observations first, with its statistics of now
+        :raises ValueError: If the suffix is another one, ``vec_normalize`` has another observation space, or a key of the
+            observations is a name that the ONNX file has for something else
+        :raises FileNotFoundError: If the folder does not exist
+        :raises ImportError: If a package that ONNX needs is missing
+        """
+        export_policy(self, Path(path), deterministic, vec_normalize)
 
     def _networks(self) -> list[nn.Module]:
         """
