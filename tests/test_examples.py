@@ -3,10 +3,13 @@
 import importlib.util
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import speed
@@ -33,6 +36,7 @@ ARGUMENTS = {
     ],
     "gates": ["--steps", "502", "--entropies", "-1", "--output", "out.png"],
     "multimodal": ["--updates", "5", "--samples", "200", "--output", "out.png"],
+    "run_exported": ["policy.onnx", "Pendulum-v1"],
 }
 
 
@@ -89,6 +93,32 @@ def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert model.num_timesteps == 520
     assert len(np.load(tmp_path / "out" / "evaluations.npz")["timesteps"]) == 16
     assert "Random actions: return" in capsys.readouterr().out
+
+
+def test_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The manual's lines, with fewer steps. Then, without PyTorch and this package, the file acts as the model does."""
+    code = re.findall(r"```python\n(.*?)```", (EXAMPLES.parent / "docs" / "export.md").read_text(), flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for part in code:
+        exec(part.replace("10_000", "120"), names)
+        assert "actions" not in names or names.pop("actions").shape == (1, 1)
+    assert {path.name for path in tmp_path.iterdir()} == {"policy.onnx", "policy.pt2", "sampler.onnx"}
+
+    script = f"""
+import runpy, sys
+sys.modules.update(torch=None, sb3_mfpo=None, stable_baselines3=None)
+sys.argv = ["run_exported.py", *{ARGUMENTS["run_exported"]!r}]
+runpy.run_path({str(EXAMPLES / "run_exported.py")!r})
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    env, total = gym.make("Pendulum-v1"), 0.0
+    observation, _ = env.reset(seed=0)
+    for _ in range(200):
+        observation, reward, *_ = env.step(names["model"].predict(observation, deterministic=True)[0])
+        total += float(reward)
+    assert float(run.stdout.split()[-1]) == pytest.approx(total, rel=1e-3)
 
 
 def test_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
