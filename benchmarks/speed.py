@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import random
 import sys
+import tempfile
 import time
 import warnings
 from collections import defaultdict
@@ -29,6 +30,7 @@ from unittest import mock
 
 import gymnasium as gym
 import numpy as np
+import onnxruntime
 import torch as th
 from gymnasium import spaces
 from machine import processor, versions
@@ -150,9 +152,23 @@ def gradient_steps(models: dict[str, OffPolicyAlgorithm], rounds: int, device: s
     return compare(functions, rounds, ("SAC", "MFPO", "MFPO, plain"), device)
 
 
+def exported(model: Any) -> Callable[[np.ndarray], Any]:
+    """Deterministic actions of an ONNX file in onnxruntime, on the CPU with as many threads as PyTorch."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = th.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        model.policy.export(Path(folder) / "policy.onnx")
+        session = onnxruntime.InferenceSession(Path(folder) / "policy.onnx", options)
+    return lambda observation: session.run(["action"], {"observation": np.atleast_2d(observation)})
+
+
 def actions(models: dict[str, OffPolicyAlgorithm], rounds: int) -> dict[str, Rows]:
-    """``predict`` for a single observation and for batches, wall time: the action comes back to the CPU in any case."""
+    """
+    ``predict``, and the same from a file, for a single observation and for batches, wall time: the action comes back to the
+    CPU in any case.
+    """
     space, results = models["SAC"].observation_space, {}
+    from_files = {name: exported(models[name]) for name in ("MFPO", "SOM")}
     for batch, repeats in ((1, 20), (16, 5), (256, 1)):
         observation = space.sample() if batch == 1 else np.stack([space.sample() for _ in range(batch)])
         functions = {
@@ -160,6 +176,7 @@ def actions(models: dict[str, OffPolicyAlgorithm], rounds: int) -> dict[str, Row
             for name in ("SAC", "TD3", "TQC", "MFPO", "SOM")
             for kind in ("stochastic", "deterministic")
         }
+        functions |= {f"{name}, exported": partial(act, observation) for name, act in from_files.items()}
         results[f"action, batch of {batch}"] = compare(functions, 2 * rounds, ("SAC, stochastic",), "cpu", repeats)
     return results
 
@@ -299,7 +316,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
     results: dict[str, Any] = {
         "command": " ".join(["python", "benchmarks/speed.py", *(sys.argv[1:] if arguments is None else arguments)]),
-        "versions": versions(),
+        "versions": versions() | {"onnxruntime": onnxruntime.__version__},
         "hardware": hardware(),
         "threads": options.threads,
         "rounds": rounds,
