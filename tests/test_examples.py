@@ -145,6 +145,7 @@ def test_speed_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert algorithms <= set(part["4 gradient steps"]) == set(loop)
     timings = [part["4 gradient steps"], loop, *(part[f"action, batch of {batch}"] for batch in (1, 16, 256))]
     assert all(row["milliseconds"] > 0 for rows in timings for row in rows.values())
+    assert {"MFPO, exported", "SOM, exported"} <= set(part["action, batch of 1"])
     assert sum(part["profile"].values()) == pytest.approx(1)
     assert set(part["profile"]) == {*speed.PARTS, "rest"}
     assert 0 < part["operators"]["SOM"] < part["operators"]["MFPO"] < part["operators"]["MFPO, plain"]
