@@ -16,6 +16,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.type_aliases import GymEnv, ReplayBufferSamples, RolloutReturn, Schedule
 from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
 from torch import nn
@@ -100,6 +101,8 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
         self._warned_of_clipping = False
         # None where the range of the values is fixed
         self.return_scale: ReturnScale | None = None
+        # `learn` makes the one that writes, but `train` may come first
+        self._logger = Logger(None, [])
 
     def _check_arguments(self) -> None:
         """
