@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import re
+import subprocess
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+import suite as suites
 import torch as th
 from peers import DACER, DIME, PEERS, MaxEntDP, maths
 from peers.common import frozen
@@ -453,13 +457,34 @@ class Repeat(IdentityEnvBox):
 
 
 def test_peers_learn_to_repeat_what_they_see(name: str) -> None:
-    kwargs: dict[str, Any] = dict(learning_rate=1e-3, gamma=0.0, learning_starts=64, batch_size=64, tau=0.05)
-    kwargs |= {"dime": dict(ent_coef=0.02, target_cost=None), "maxentdp": dict(ent_coef=0.02), "dacer": {}}[name]
-    model = make(name, Repeat(), policy_kwargs=dict(net_arch=[64]), **kwargs).learn(600)
+    """DACER with all of its steps and scalar critics: with C51, which is slow to tell actions apart, it stays at a bound."""
+    kwargs: dict[str, Any] = dict(learning_rate=1e-3, gamma=0.0, learning_starts=100, batch_size=64, tau=0.05)
+    policy_kwargs: dict[str, Any] = dict(net_arch=[64])
+    if name == "dacer":
+        kwargs["learning_rate"] = 3e-4
+        policy_kwargs |= dict(sampling_steps=20, critic_type="scalar", noise_scale=1.0)
+    else:
+        kwargs["ent_coef"] = 0.02
+    model = make(name, Repeat(), policy_kwargs=policy_kwargs, **kwargs).learn(500)
     th.manual_seed(0)
     sample, best = (evaluate_policy(model, Repeat(), 3, deterministic=mode, warn=False)[0] for mode in (False, True))
     print(name, sample, best)
     assert min(sample, best) > -15
+
+
+def test_the_zoos_command_trains_and_resumes_a_peer(tmp_path: Path) -> None:
+    """As a suite calls it: half of a run first, of which the checkpoint stays, then the whole."""
+    policy_kwargs = dict(net_arch=[8], sampling_steps=2)
+    params = dict(learning_starts=50, batch_size=16, buffer_size=1000, policy_kwargs=policy_kwargs)
+    half = suites.Run("DIME", "Pendulum-v1", seed=0, algo="dime", steps=100, every=100, episodes=1, params=params)
+    folder = suites.folder_of(half, tmp_path)
+    environment = {**os.environ, "PYTHONPATH": f"{BENCHMARKS}{os.pathsep}{BENCHMARKS.parent}"}
+    subprocess.run(suites.command_of(half, folder, "cpu"), env=environment, check=True, capture_output=True)
+    assert (folder / "run_100_steps.zip").exists()
+    rows = suites.train(replace(half, steps=200), tmp_path)
+    assert list(rows["step"]) == [100, 100, 200, 200] and np.isfinite(rows["return"]).all()
+    assert "Going on with the run in" in (folder / "log.txt").read_text()
+    assert DIME.load(folder / "dime" / "Pendulum-v1_2" / "Pendulum-v1.zip").num_timesteps == 200
 
 
 def test_arguments_out_of_range_are_named() -> None:
