@@ -13,6 +13,8 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import peers_cost
 import pytest
 import suite as suites
 import torch as th
@@ -470,6 +472,31 @@ def test_peers_learn_to_repeat_what_they_see(name: str) -> None:
     sample, best = (evaluate_policy(model, Repeat(), 3, deterministic=mode, warn=False)[0] for mode in (False, True))
     print(name, sample, best)
     assert min(sample, best) > -15
+
+
+@pytest.mark.parametrize("deterministic, rows", [(False, 1), (True, 10)])
+def test_an_action_takes_all_steps(name: str, deterministic: bool, rows: int) -> None:
+    """As many evaluations of the actor as the method has steps, one after the other, for ten candidates at once."""
+    model = PEERS[name]("MlpPolicy", RandomEnv(), buffer_size=10, device="cpu")
+    seen: list[int] = []
+    body = model.actor_target.network.body
+    body.register_forward_hook(lambda module, inputs, output: seen.append(output[..., 0].numel()))
+    model.predict(model.observation_space.sample(), deterministic=deterministic)
+    assert seen == [rows] * {"dime": 16, "maxentdp": 20, "dacer": 20}[name]
+
+
+def test_the_command_for_the_cost(tmp_path: Path) -> None:
+    """That it works, not how fast anything is."""
+    arguments = ["--quick", "--env", "Pendulum-v1", "--output", str(tmp_path / "out" / "cost.csv")]
+    table = peers_cost.main(arguments)
+    written = pd.read_csv(tmp_path / "out" / "cost.csv")
+    assert len(written) == len(table) == 6 * 7 and (written["milliseconds"] > 0).all()
+    assert not written.duplicated(["what", "batch", "algorithm"]).any()
+    samples = written[written["what"] == "sample"].set_index("algorithm")
+    assert (samples["passes"] == samples["chain"]).all() and samples.loc["DACER", "chain"].tolist() == [20, 20]
+    choices = written[written["what"] == "chosen action"]
+    assert choices[["ratio to MFPO: sample", "ratio to MFPO: chosen action"]].notna().all(axis=None)
+    assert (written[written["what"] == "learn"]["ratio to MFPO"] > 0).all()
 
 
 def test_the_zoos_command_trains_and_resumes_a_peer(tmp_path: Path) -> None:
