@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -69,6 +70,7 @@ class ChainActor(GenerativeActor):
     def act(self, features: th.Tensor, noise: th.Tensor) -> th.Tensor:
         return in_chunks(self.chain, features, noise)
 
+    @abstractmethod
     def chain(self, features: th.Tensor, noise: th.Tensor) -> th.Tensor:
         """
         All steps for all rows at once, with gradient.
@@ -77,7 +79,6 @@ class ChainActor(GenerativeActor):
         :param noise: Standard-normal noise, shape (B, ..., noise_dim)
         :return: Actions in [-1, 1], shape (B, ..., d)
         """
-        raise NotImplementedError
 
 
 class DenoisingActor(ChainActor):
