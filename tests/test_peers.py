@@ -322,8 +322,9 @@ def test_the_entropy_of_a_mixture() -> None:
     single = maths.mixture_entropy(0.1 * th.randn(8, 2000, 2, generator=generator)).mean().item()
     truth = 1 + math.log(2 * math.pi) + 2 * math.log(0.1)
     assert truth - 0.05 < single < truth + math.log(3) + 0.05
-    # Samples on a bound
-    assert th.isfinite(maths.mixture_entropy(th.ones(2, 20, 3))).all()
+    # Samples on bounds, and more coordinates than a component has samples
+    crowded = th.randn(4, 40, 17, generator=generator).clamp(-1, 1)
+    assert th.isfinite(maths.mixture_entropy(crowded)).all() and th.isfinite(maths.mixture_entropy(th.ones(2, 20, 3))).all()
 
 
 # All of them

@@ -203,8 +203,10 @@ def mixture_entropy(samples: th.Tensor, n_components: int = 3, n_iterations: int
     :param n_iterations: Number of iterations
     :return: In nats, shape (B,)
     """
-    n, d = samples.shape[-2:]
-    # Numbers that samples on a bound would make singular
+    (n, d), dtype = samples.shape[-2:], samples.dtype
+    # Single precision cannot tell the covariance of a few samples from a singular one, even with the floor that those on a
+    # bound need
+    samples = samples.double()
     floor = 1e-6 * th.eye(d, dtype=samples.dtype, device=samples.device)
     distances = th.cdist(samples, samples[:, :n_components])
     shares = F.one_hot(distances.argmin(dim=-1), n_components).to(samples.dtype)
@@ -222,4 +224,4 @@ def mixture_entropy(samples: th.Tensor, n_components: int = 3, n_iterations: int
         log_probs = (weights.log() - log_roots).unsqueeze(1) - 0.5 * scaled.square().sum(dim=-2).mT
         shares = log_probs.softmax(dim=-1)
     of_components = 0.5 * d * (1 + math.log(2 * math.pi)) + log_roots
-    return (weights * (of_components - weights.log())).sum(dim=-1)
+    return (weights * (of_components - weights.log())).sum(dim=-1).to(dtype)
