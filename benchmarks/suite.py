@@ -13,7 +13,7 @@ A suite is a YAML file:
         score: [-43, -4]  # returns that count as 0 and 1 where tasks are averaged
         steps: 10000      # `steps`, `episodes` and `params` of a task override the suite's
         published: null   # the task's name in results/published.csv: curves of others to be drawn beside the suite's
-    algorithms:           # a name in the results each
+    algorithms:           # a name in the results each; `algo` is a name in the zoo, or of a peer (benchmarks/peers)
       MFPO: {algo: mfpo}
       MFPO, one step:
         algo: mfpo
@@ -41,6 +41,7 @@ import pandas as pd
 import torch as th
 import yaml
 from machine import processor, versions
+from peers import PEERS
 
 from sb3_mfpo.runs.checkpoint import checkpoints
 from sb3_mfpo.zoo.registration import ALGORITHMS, hyperparameter_file
@@ -176,15 +177,18 @@ def command_of(run: Run, folder: Path, device: str) -> list[str]:
     :param run: A run
     :param folder: Its own folder
     :param device: Of the training
-    :return: The zoo's command that begins it, or resumes it from its newest checkpoint
+    :return: The zoo's command that begins it, or resumes it from its newest checkpoint; of a peer, with the peers added
     """
     evaluation = {"task": run.task, "every": run.every, "episodes": run.episodes, "seed": run.seed}
     callbacks: list[dict[str, Any]] = [*run.params.get("callback", [])]
     callbacks.append({"evaluation.Evaluation": evaluation | {"path": str(folder / "evaluations.csv")}})
-    command = [sys.executable, "-m", "sb3_mfpo.zoo", "train", "--algo", run.algo, "--env", run.task, "--seed", str(run.seed)]
+    command = [sys.executable, "-m", "peers" if run.algo in PEERS else "sb3_mfpo.zoo", "train"]
+    command += ["--algo", run.algo, "--env", run.task, "--seed", str(run.seed)]
     command += ["-n", str(run.steps), "--eval-freq", "-1", "-f", str(folder), "--num-threads", "1", "--verbose", "0"]
     command += ["--device", device]
-    if run.algo in ALGORITHMS:
+    if run.algo in PEERS:
+        command += ["--conf-file", "peers.frame"]
+    if run.algo in (*ALGORITHMS, *PEERS):
         saving = {"save_freq": run.every, "save_path": str(folder)}
         callbacks.append({"sb3_mfpo.RunCheckpointCallback": saving})
         for checkpoint in checkpoints(folder, "run")[:1]:

@@ -16,6 +16,7 @@ LONG = (
     "test_acceleration",
     "test_exact_resume",
     "test_learning",
+    "test_peers",
     "test_checkpoint",
 )
 

@@ -17,6 +17,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_mfpo import MFPO, SOM, RunCheckpointCallback
 from sb3_mfpo.envs import NoRendererError, choose_renderer, renders_offscreen
+from sb3_mfpo.runs.algorithm import ResumableAlgorithm
 from sb3_mfpo.runs.checkpoint import is_run
 from sb3_mfpo.training.mean_flow import MeanFlowAlgorithm
 
@@ -107,7 +108,8 @@ class Manager(Original):
         return super().create_envs(n_envs, eval_env, no_log)
 
     def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: VecEnv) -> BaseAlgorithm:
-        if self.algo not in ALGORITHMS or not is_run(self.trained_agent):
+        algorithm = exp_manager.ALGOS[self.algo]
+        if not issubclass(algorithm, ResumableAlgorithm) or not is_run(self.trained_agent):
             return super()._load_pretrained_agent(hyperparams, env)
         not_applied = sorted((self.custom_hyperparams or {}).keys() & hyperparams.keys())
         print("Loading pretrained agent")
@@ -115,7 +117,7 @@ class Manager(Original):
             f"Going on with the run in {self.trained_agent}, with its own hyperparameters and random state"
             + (f"; not applied: -params {', '.join(not_applied)}" if not_applied else "")
         )
-        return ALGORITHMS[self.algo].resume(
+        return algorithm.resume(
             self.trained_agent, env, self.device, tensorboard_log=self.tensorboard_log, verbose=self.verbose
         )
 

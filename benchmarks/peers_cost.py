@@ -1,0 +1,152 @@
+"""
+What MFPO and its peers cost, with two layers of 256: a gradient step, a step of ``learn`` with its environment, and an action,
+sampled or chosen (``deterministic``), at batches of 1 and 64. Everything takes turns within one process, so that other load on
+the machine meets all alike. Beside the milliseconds stand passes and chain by the model of docs/peers.md, which do not depend
+on a machine.
+
+    OMP_NUM_THREADS=1 python benchmarks/peers_cost.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch as th
+from machine import processor, versions
+from peers import DACER, DIME, MaxEntDP
+from run import RESULTS, commit
+from speed import BATCH_SIZE, STEPS, Rows, compare
+from stable_baselines3 import SAC
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+
+from sb3_mfpo import MFPO
+
+
+class Kind(NamedTuple):
+    """An algorithm, passes and chain of its gradient step, and the number of steps of its sampler."""
+
+    algorithm: type[OffPolicyAlgorithm]
+    settings: dict[str, Any]
+    passes: float
+    chain: float
+    sampling_steps: int
+
+
+KINDS = {
+    "SAC": Kind(SAC, {}, 16, 8, 1),
+    # At every fourth step the policy learns: 4 (sample, divergence) + 12 (centres) + 24 (values) + 3 (actor) + 6 (divergence)
+    "MFPO": Kind(MFPO, {}, 12 + 49 / 4, 5 + 11 / 4, 2),
+    "MFPO, paper": Kind(MFPO, MFPO.PAPER, 181, 16, 2),
+    "DIME": Kind(DIME, {}, 76, 53, 16),
+    "MaxEntDP": Kind(MaxEntDP, {}, 2031, 27, 20),
+    "MaxEntDP, MFPO's budget": Kind(MaxEntDP, dict(n_samples=48, n_entropy_draws=2), 167, 27, 20),
+    "DACER": Kind(DACER, {}, 92, 65, 20),
+}
+
+
+def model_costs(name: str, what: str) -> tuple[float, float]:
+    """
+    :param name: One of ``KINDS``
+    :param what: What is timed
+    :return: Its passes for one state, and its chain, without the environment. A choice is made by two critics among ten; SAC's
+        is its mean.
+    """
+    kind = KINDS[name]
+    if what == "gradient step":
+        return kind.passes, kind.chain
+    if what == "learn":
+        return kind.passes, kind.chain + kind.sampling_steps
+    if what == "chosen action" and name != "SAC":
+        return 10 * kind.sampling_steps + 20, kind.sampling_steps + 1
+    return kind.sampling_steps, kind.sampling_steps
+
+
+def make_models(env: str, width: int, batch_size: int, device: str) -> dict[str, OffPolicyAlgorithm]:
+    """Every algorithm, its buffer filled with 300 random steps."""
+    common = dict(learning_starts=300, buffer_size=10_000, batch_size=batch_size, device=device)
+    models = {}
+    for name, kind in KINDS.items():
+        policy_kwargs = {**kind.settings.get("policy_kwargs", {}), "net_arch": [width] * 2}
+        models[name] = kind.algorithm("MlpPolicy", env, **{**common, **kind.settings, "policy_kwargs": policy_kwargs})
+        models[name].learn(300)
+    return models
+
+
+def measure(models: dict[str, OffPolicyAlgorithm], rounds: int, batch_size: int, device: str) -> dict[tuple[str, int], Rows]:
+    """
+    :param models: From ``make_models``
+    :param rounds: That are measured
+    :param batch_size: Of the gradient steps
+    :param device: Of the models
+    :return: By what is timed and the batch's size: milliseconds and ratios of every algorithm
+    """
+    # Several at a time: MFPO learns its policy at every fourth
+    steps = {name: partial(model.train, STEPS, batch_size) for name, model in models.items()}
+    loops = {name: partial(model.learn, STEPS, reset_num_timesteps=False) for name, model in models.items()}
+    results = {("gradient step", batch_size): compare(steps, rounds, ("MFPO",), device)}
+    results["learn", batch_size] = compare(loops, rounds, ("MFPO",), device)
+    for rows in results.values():
+        for row in rows.values():
+            row["milliseconds"] /= STEPS
+    space = models["SAC"].observation_space
+    for batch, repeats in ((1, 10), (64, 1)):
+        observations = space.sample() if batch == 1 else np.stack([space.sample() for _ in range(batch)])
+        functions = {
+            (name, what): partial(model.predict, observations, deterministic=what == "chosen action")
+            for name, model in models.items()
+            for what in ("sample", "chosen action")
+        }
+        by_label = {f"{name}: {what}": function for (name, what), function in functions.items()}
+        # MFPO's choice is also told in samples of others
+        references = ("MFPO: sample", "MFPO: chosen action")
+        rows = compare(by_label, rounds, references, "cpu", repeats)
+        for what in ("sample", "chosen action"):
+            results[what, batch] = {name: rows[f"{name}: {what}"] for name in models}
+    return results
+
+
+def main(arguments: list[str] | None = None) -> pd.DataFrame:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--env", default="HalfCheetah-v5", help="Gymnasium id (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=12, help="that are measured (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--quick", action="store_true", help="small networks and batches, one round: shows that it works")
+    parser.add_argument("--output", type=Path, default=RESULTS / "peers_cost.csv", help="CSV file (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    th.set_num_threads(1)
+    rounds, width, batch_size = (1, 16, 8) if options.quick else (options.rounds, 256, BATCH_SIZE)
+    # The paper's range does not fit the first steps of any task
+    warnings.filterwarnings("ignore", message=".*of the value targets' mass lies outside")
+    models = make_models(options.env, width, batch_size, options.device)
+    table = pd.DataFrame(
+        [
+            dict(env=options.env, what=what, batch=batch, algorithm=name, milliseconds=row["milliseconds"])
+            | dict(zip(("passes", "chain"), model_costs(name, what), strict=True))
+            | {key: value for key, value in row.items() if key.startswith("ratio")}
+            for (what, batch), rows in measure(models, rounds, batch_size, options.device).items()
+            for name, row in rows.items()
+        ]
+    )
+    gpu = th.cuda.get_device_name() if options.device == "cuda" else None
+    table = table.assign(
+        rounds=rounds,
+        hardware=gpu or f"1 thread of {processor()}",
+        versions=", ".join(f"{name} {number}" for name, number in versions().items()),
+        command=" ".join(["python", "benchmarks/peers_cost.py", *(sys.argv[1:] if arguments is None else arguments)]),
+        commit=commit(),
+    )
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    table.round(4).to_csv(options.output, index=False)
+    print(table.drop(columns=["env", "hardware", "versions", "command", "commit", "rounds"]).round(3).to_string(index=False))
+    return table
+
+
+if __name__ == "__main__":
+    main()
