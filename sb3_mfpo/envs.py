@@ -1,13 +1,15 @@
-"""DeepMind Control tasks ready for Stable-Baselines3, through shimmy."""
+"""Tasks ready for Stable-Baselines3: DeepMind Control through shimmy, and Gymnasium-Robotics."""
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
 import importlib
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
@@ -219,3 +221,26 @@ def make_dm_control(env_id: str, pixels: bool = False, image_size: int = 84, **k
             "make a task of your own with `gymnasium.make`."
         )
     return ready_spec(gym.spec(env_id)).make(pixels=pixels, image_size=image_size, **kwargs)
+
+
+def register_robotics() -> None:
+    """
+    Let Gymnasium-Robotics register its tasks with Gymnasium, and correct what keeps Fetch and Hand from being made with MuJoCo
+    3.17, where they end with an ``AssertionError``: they ask whether a NumPy integer is ``in`` a tuple of MuJoCo's enums, and
+    these no longer equal such an integer from the left.
+
+    :raises ImportError: If Gymnasium-Robotics or MuJoCo is not installed
+    """
+    try:
+        import gymnasium_robotics
+        import mujoco
+        from gymnasium_robotics.utils import mujoco_utils
+    except ImportError as error:
+        raise ImportError(
+            f"Tasks of Gymnasium-Robotics need it and MuJoCo ({error}): install `sb3-mfpo[robotics]`."
+        ) from error
+    gym.register_envs(gymnasium_robotics)
+    joints = mujoco.mjtJoint
+    if joints.mjJNT_HINGE != np.int32(int(joints.mjJNT_HINGE)):
+        equal = enum.IntEnum("mjtJoint", {name: int(value) for name, value in joints.__members__.items()})  # type: ignore[misc]
+        mujoco_utils.mujoco = SimpleNamespace(**{**vars(mujoco), "mjtJoint": equal})

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 from gymnasium.envs.registration import WrapperSpec
+from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.env_checker import check_env
 
 from sb3_mfpo import MFPO
@@ -24,6 +25,7 @@ from sb3_mfpo.envs import (
     make_dm_control,
     ready_spec,
     register_dm_control,
+    register_robotics,
 )
 from tests.helpers import SMALL, SMALL_POLICY
 
@@ -242,3 +244,46 @@ def test_mujoco_gl_is_not_changed_if_it_is_set(name: str, value: str, bare: None
     monkeypatch.setenv(name, value)
     choose_renderer()
     assert os.environ.get("MUJOCO_GL") == (value if name == "MUJOCO_GL" else None)
+
+
+ROBOTICS = (
+    "FetchReach-v4",
+    "HandReach-v3",
+    "HandManipulateBlock-v1",
+    "AdroitHandDoor-v1",
+    "PointMaze_UMaze-v3",
+    "AntMaze_UMaze-v5",
+)
+
+
+@pytest.mark.parametrize("task", ROBOTICS)
+def test_tasks_of_gymnasium_robotics_are_made_and_move(task: str) -> None:
+    register_robotics()
+    register_robotics()
+    env = gym.make(task)
+    observation, _ = env.reset(seed=0)
+    env.action_space.seed(0)
+    after, reward, *_ = env.step(env.action_space.sample())
+    assert env.observation_space.contains(after) and np.isfinite(reward)
+    if isinstance(after, dict):
+        observation, after = observation["observation"], after["observation"]
+    assert not np.array_equal(after, observation)
+
+
+def test_fetch_reaches_where_it_is_told_to() -> None:
+    """The joints that the correction is about are where they should be: half a metre forwards, and nowhere else."""
+    register_robotics()
+    env = gym.make("FetchReach-v4")
+    before = env.reset(seed=0)[0]["achieved_goal"]
+    for _ in range(20):
+        after = env.step(np.array([1, 0, 0, 0], np.float32))[0]["achieved_goal"]
+    assert np.allclose(after - before, [0.43, 0, 0.01], atol=0.02)
+
+
+def test_hindsight_on_fetch() -> None:
+    register_robotics()
+    settings = dict(SMALL[MFPO], learning_starts=100, policy_kwargs=SMALL_POLICY)
+    model = MFPO("MultiInputPolicy", "FetchReach-v4", replay_buffer_class=HerReplayBuffer, **settings)
+    model.learn(110)
+    assert model._n_updates == 10 and model.replay_buffer.pos == 110
+    assert model.predict(model.get_env().reset())[0].shape == (1, 4)

@@ -16,7 +16,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from sb3_mfpo.envs import NoRendererError, has_display, register_dm_control
+from sb3_mfpo.envs import NoRendererError, has_display, register_dm_control, register_robotics
 
 COMMANDS = {
     "train": "rl_zoo3.train",
@@ -157,6 +157,8 @@ def register_task(env_id: str, packages: list[str]) -> None:
             importlib.import_module(package)
         except ImportError as error:
             raise UserError(f"--gym-packages {package}: {error}") from error
+    if "gymnasium_robotics" in packages:
+        register_robotics()
     if env_id.startswith("dm_control/") and env_id not in gym.registry:
         try:
             register_dm_control()

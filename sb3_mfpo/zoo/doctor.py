@@ -15,6 +15,7 @@ PACKAGES = {
     "": ("sb3-mfpo", "stable-baselines3", "torch", "gymnasium", "numpy"),
     "mujoco": ("mujoco",),
     "dmc": ("dm_control", "shimmy"),
+    "robotics": ("gymnasium-robotics",),
     "zoo": ("rl_zoo3", "sb3-contrib", "optuna", "seaborn", "rliable", "moviepy"),
 }
 
