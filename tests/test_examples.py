@@ -10,10 +10,13 @@ from types import ModuleType
 from typing import Any
 
 import gymnasium as gym
+import minari
 import numpy as np
 import pytest
 import speed
 import torch as th
+from minari.data_collector.episode_buffer import EpisodeBuffer
+from stable_baselines3 import SAC
 
 from sb3_mfpo import MFPO
 
@@ -36,6 +39,10 @@ ARGUMENTS = {
     ],
     "gates": ["--steps", "502", "--entropies", "-1", "--output", "out.png"],
     "multimodal": ["--updates", "5", "--samples", "200", "--output", "out.png"],
+    "offline_start": [
+        *("--mediocre", "110", "--transitions", "250", "--gradient-steps", "9", "--steps", "120", "--every", "60"),
+        *("--seeds", "0", "--output", "out.png"),
+    ],
     "run_exported": ["policy.onnx", "Pendulum-v1"],
 }
 
@@ -119,6 +126,32 @@ runpy.run_path({str(EXAMPLES / "run_exported.py")!r})
         observation, reward, *_ = env.step(names["model"].predict(observation, deterministic=True)[0])
         total += float(reward)
     assert float(run.stdout.split()[-1]) == pytest.approx(total, rel=1e-3)
+
+
+def test_start_from_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example in little, with curves from before the first step on. Then the manual's lines."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    example = load("offline_start")
+    curves = example.main(ARGUMENTS["offline_start"])
+    assert {name: runs.shape for name, runs in curves.items()} == {"from nothing": (1, 3), "from the data": (1, 3)}
+    assert is_png(Path("out.png"))
+
+    data, _ = example.collect(SAC("MlpPolicy", "Pendulum-v1"), "Pendulum-v1", 200)
+    np.savez("pendulum.npz", **data)
+    observations = np.concatenate([data["observations"], data["next_observations"][-1:]])
+    episode = EpisodeBuffer(
+        observations=list(observations),
+        **{name: list(data[name]) for name in ("actions", "rewards", "terminations", "truncations")},
+    )
+    with pytest.warns(UserWarning):
+        # About an author, a licence and such
+        minari.create_dataset_from_buffers("pendulum/random-v0", [episode], env=gym.make("Pendulum-v1"))
+    code = re.findall(r"```python\n(.*?)```", (EXAMPLES.parent / "docs" / "data.md").read_text(), flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    for part, size in zip(code, (320, 200), strict=True):
+        exec(part.replace("3000", "2").replace("4000", "120"), names)
+        assert names["model"].replay_buffer.pos == size
 
 
 def test_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
