@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
+from stable_baselines3 import HerReplayBuffer
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecNormalize
 
@@ -42,6 +44,7 @@ def load_transitions(model: OffPolicyAlgorithm, dataset: Any) -> int:
             "`buffer_size`, or fewer transitions."
         )
 
+    _end_episode(buffer)
     normalizer = model.get_vec_normalize_env()
     if normalizer is not None and normalizer.training and normalizer.norm_obs:
         _follow_observations(normalizer, data["observations"])
@@ -64,6 +67,21 @@ def load_transitions(model: OffPolicyAlgorithm, dataset: Any) -> int:
         )
         starts = done
     return n
+
+
+def _end_episode(buffer: ReplayBuffer) -> None:
+    """
+    What follows is not the rest of an episode that was being collected.
+
+    :param buffer: Its last transitions count as truncated, if they end no episode
+    """
+    if buffer.size() == 0:
+        return
+    if isinstance(buffer, HerReplayBuffer):
+        buffer.truncate_last_trajectory()
+    else:
+        last = buffer.pos - 1
+        buffer.timeouts[last] = np.maximum(buffer.timeouts[last], 1 - buffer.dones[last])
 
 
 def _of_episodes(episodes: Iterable[Any]) -> dict[str, Any]:

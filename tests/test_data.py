@@ -130,6 +130,16 @@ def test_returns_of_n_steps_end_with_the_data() -> None:
     assert np.allclose(samples.next_observations[5], dataset["next_observations"][7])
 
 
+def test_an_episode_that_was_being_collected_ends_where_data_follow() -> None:
+    """Its last transition has a return of one step, and no other end."""
+    model = make_model(MFPO, RandomEnv(episode_length=100), n_steps=3, gamma=1.0, learning_starts=100).learn(4)
+    model.replay_buffer.rewards[:4] = 1
+    load_transitions(model, collect(RandomEnv(), 7) | {"rewards": np.ones(7)})
+    samples = model.replay_buffer._get_samples(np.arange(11))
+    assert samples.rewards.flatten().tolist() == [3, 3, 2, 1, 3, 3, 3, 3, 3, 2, 1]
+    assert not samples.dones.any()
+
+
 def test_several_environments_share_all_transitions() -> None:
     """Ten rows for three environments: pieces of four that overlap."""
     model = make_model(MFPO, DummyVecEnv([RandomEnv] * 3), gradient_steps=-1)
@@ -177,6 +187,11 @@ def test_hindsight(tmp_path: Path) -> None:
     starts, lengths = model.replay_buffer.ep_start[:30, 0], model.replay_buffer.ep_length[:30, 0]
     assert starts.tolist() == [7 * (i // 7) for i in range(30)] and lengths.tolist() == 28 * [7] + 2 * [2]
     model.train(gradient_steps=1, batch_size=16)
+
+    begun = make_model(MFPO, Goals(space), policy="MultiInputPolicy", replay_buffer_class=HerReplayBuffer).learn(10)
+    with pytest.warns(UserWarning, match="will be truncated"):
+        load_transitions(begun, dataset)
+    assert begun.replay_buffer.ep_length[:17, 0].tolist() == 7 * [7] + 3 * [3] + 7 * [7]
 
 
 def test_a_run_that_began_with_data_is_resumed_bit_for_bit(tmp_path: Path) -> None:
