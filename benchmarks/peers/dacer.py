@@ -51,7 +51,6 @@ class DACERPolicy(PeerPolicy):
         self.noise_arguments = dict(
             noise_factor=noise_factor, noise_scale=noise_scale, noise_learning_rate=noise_learning_rate
         )
-        self.noise_factor = noise_factor
         self._build(lr_schedule)
         self.noise_scale = PositiveNumber(noise_scale, noise_learning_rate).to(self.device)
 
@@ -70,7 +69,7 @@ class DACERPolicy(PeerPolicy):
         :param noise: Standard normal, shape (..., d)
         :return: Noisy actions in [-1, 1], shape (..., d), with a gradient for the actions alone, none where a bound is passed
         """
-        return (actions + self.noise_factor * self.noise_scale().detach() * noise).clamp(-1, 1)
+        return (actions + self.noise_arguments["noise_factor"] * self.noise_scale().detach() * noise).clamp(-1, 1)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         actions = super()._predict(observation, deterministic)
