@@ -88,6 +88,7 @@ def _of_episodes(episodes: Iterable[Any]) -> dict[str, Any]:
     """
     :param episodes: Minari's episodes, whose observations are one more than their actions
     :return: Their transitions, one episode after the other
+    :raises ValueError: If there are no episodes
     """
     parts: dict[str, list[Any]] = {name: [] for name in FIELDS}
     for episode in episodes:
@@ -99,6 +100,8 @@ def _of_episodes(episodes: Iterable[Any]) -> dict[str, Any]:
         for name in ("actions", "rewards", "terminations"):
             parts[name].append(getattr(episode, name))
         parts["truncations"].append(truncations)
+    if not parts["rewards"]:
+        raise ValueError("`dataset` has no episodes.")
     return {name: _concatenate(rows) for name, rows in parts.items()}
 
 
@@ -109,7 +112,7 @@ def _take(observations: Any, rows: Any) -> Any:
 
 
 def _concatenate(rows: list[Any]) -> Any:
-    if rows and isinstance(rows[0], Mapping):
+    if isinstance(rows[0], Mapping):
         return {key: np.concatenate([row[key] for row in rows]) for key in rows[0]}
     return np.concatenate(rows)
 

@@ -116,6 +116,8 @@ def test_minari(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_transitions(models[0], dataset) == load_transitions(models[1], arrays) == 450
     assert_equal(*map(contents, models))
     assert np.flatnonzero(models[0].replay_buffer.timeouts).tolist() == [199, 399, 449]
+    with pytest.raises(ValueError, match="`dataset` has no episodes"):
+        load_transitions(models[0], dataset.filter_episodes(lambda episode: False))
 
 
 def test_returns_of_n_steps_end_with_the_data() -> None:
