@@ -78,7 +78,7 @@ def estimate(
     n_policy, n_gaussian = factor * model.n_policy_samples, factor * model.n_gaussian_samples
 
     def values(actions: th.Tensor) -> th.Tensor:
-        return reduce_values(model.critic.q_values(critic_features.unsqueeze(1), actions), model.critic_reduction)
+        return reduce_values(model.critic.q_values(critic_features.unsqueeze(1), actions), model.policy.critic_reduction)
 
     def velocity(log_weights: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         mean_action, size = boltzmann.snis_mean(log_weights.softmax(1), actions)

@@ -48,7 +48,7 @@ def plain_step(model: MFPO, batch: ReplayBufferSamples, draws: GradientStepDraws
         entropy_bonus = -alpha * next_log_prob.unsqueeze(1)
         positions = batch.rewards + (1 - batch.dones) * model.gamma * (atoms + entropy_bonus)
         projected = categorical.project(logits.softmax(-1), positions, atoms)
-        target = categorical.reduce_distributions(projected, atoms, model.critic_reduction)
+        target = categorical.reduce_distributions(projected, atoms, model.policy.critic_reduction)
     logits = th.stack([mlp(q, observations, batch.actions) for q in model.critic.q_networks])  # type: ignore[arg-type]
     loss = -(target * logits.log_softmax(-1)).sum(-1).mean(-1).sum()
     metrics["critic_loss"] = descend(loss, model.critic.optimizer)
@@ -140,7 +140,7 @@ def q_values(model: MFPO, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
     """The reduced value of every action."""
     atoms: th.Tensor = model.critic.atoms  # type: ignore[assignment]
     probs = th.stack([mlp(network, features, actions) for network in model.critic.q_networks]).softmax(dim=-1)  # type: ignore[arg-type]
-    return categorical.reduce_values((probs * atoms).sum(-1), model.critic_reduction)
+    return categorical.reduce_values((probs * atoms).sum(-1), model.policy.critic_reduction)
 
 
 def mlp(network: MultiInputMLP, *inputs: th.Tensor) -> th.Tensor:

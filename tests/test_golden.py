@@ -373,7 +373,7 @@ def actor_loss(g: Outputs, monkeypatch: pytest.MonkeyPatch) -> Outputs:
     # The shipped step, from proposals to gradient
     for reduction, loss_name in (("mean", "meanflow/mean_case/loss"), ("min", "meanflow/loss")):
         model = golden_model()
-        model.critic_reduction = reduction
+        model.policy.critic_reduction = reduction
         draws = MeanFlowDraws(t, r, count_equal(t, r), g["snis/noise"])
         draws = model._draw(meta("batch"))._replace(actor=draws, uniform=g["gprop/uniform01"])
         with th.no_grad():

@@ -293,7 +293,7 @@ class SOM(MeanFlowAlgorithm):
         features = self.critic.encode(observations).unsqueeze(1)
         if self.score_estimator == "posterior_mean":
             actions = boltzmann.gaussian_proposal(noisy_actions, mu, sigma, proposals)
-            q_values = reduce_values(self.critic.q_values(features, actions), self.critic_reduction)
+            q_values = reduce_values(self.critic.q_values(features, actions), self.policy.critic_reduction)
         else:
             actions = paths.actions_from_noise(noisy_actions.unsqueeze(1), proposals, mu.unsqueeze(1), sigma.unsqueeze(1))
             q_values, gradients = in_chunks(self._values_and_gradients, features, actions)
@@ -319,6 +319,6 @@ class SOM(MeanFlowAlgorithm):
         """
         with th.enable_grad():
             actions = actions.detach().requires_grad_()
-            q_values = reduce_values(self.critic.q_values(features, actions), self.critic_reduction)
+            q_values = reduce_values(self.critic.q_values(features, actions), self.policy.critic_reduction)
             (gradients,) = th.autograd.grad(q_values.sum(), actions)
         return q_values.detach(), gradients

@@ -45,7 +45,8 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
     :param args: Further arguments of SB3's ``OffPolicyAlgorithm``
     :param actor_tau: Soft update coefficient of the target actor, in (0, 1]
     :param target_update_interval: Update the target critics every so many gradient steps
-    :param critic_reduction: "min" or "mean" over the critics
+    :param critic_reduction: "min" or "mean" over the critics, or "auto": the mean until a transition is learned from that
+        terminates an episode, the minimum from then on
     :param policy_delay: Update the policy every so many gradient steps
     :param compile_step: Whether to compile the gradient step with ``torch.compile``; on a CUDA device its parts are captured
         into CUDA graphs
@@ -99,6 +100,8 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
         self.allow_non_finite_observations = allow_non_finite_observations
         self._rollout_timesteps = 0
         self._warned_of_clipping = False
+        # Whether a transition was learned from that terminates an episode
+        self._found_termination = False
         # None where the range of the values is fixed
         self.return_scale: ReturnScale | None = None
         # `learn` makes the one that writes, but `train` may come first
@@ -118,7 +121,7 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
         for name in ("tau", "gamma"):
             check_range(name, getattr(self, name), 0, 1)
         check_range("actor_tau", self.actor_tau, 0, 1, above=0)
-        check_choice("critic_reduction", self.critic_reduction, CRITIC_REDUCTIONS)
+        check_choice("critic_reduction", self.critic_reduction, ("auto", *CRITIC_REDUCTIONS))
         for name in ("compile_step", "allow_non_finite_observations"):
             check_choice(name, getattr(self, name), (True, False))
         # Anything else that makes a policy is asked for it first
@@ -164,7 +167,7 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
         super()._setup_model()
         if not isinstance(self.policy, self.policy_base):
             raise self._wrong_policy()
-        self.policy.critic_reduction = self.critic_reduction
+        self._set_critic_reduction()
         # A loaded model has one already
         if self.policy.v_min is None and self.return_scale is None:
             self.return_scale = ReturnScale(self.policy.value_range)
@@ -282,6 +285,7 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
         self.policy.set_training_mode(True)
         self._update_learning_rate(self._optimizers())
         self._found_inf.zero_()
+        self._set_critic_reduction()
         if self.return_scale is not None:
             self.logger.record("train/return_scale", self.return_scale.value)
             for critic in (self.critic, self.critic_target):
@@ -298,7 +302,14 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
                     totals[name] += value
                     counts[name] += 1
                 history = []
+                self._found_termination |= totals["terminated"] > 0
+                self._set_critic_reduction()
         self._log({name: total / counts[name] for name, total in totals.items()}, gradient_steps)
+
+    def _set_critic_reduction(self) -> None:
+        # Where life can end, too high a value keeps being believed; where it cannot, the minimum only slows learning
+        auto = "min" if self._found_termination else "mean"
+        self.policy.critic_reduction = auto if self.critic_reduction == "auto" else self.critic_reduction
 
     def _gradient_step(self, batch: ReplayBufferSamples) -> Metrics:
         """
@@ -364,10 +375,10 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
         with th.no_grad():
             next_outputs = self.critic_target(batch.next_observations, next_actions, raw=True)
             target, clipped = self.critic_target.bellman_target(
-                next_outputs, batch.rewards, discounts, entropy_bonus, self.critic_reduction
+                next_outputs, batch.rewards, discounts, entropy_bonus, self.policy.critic_reduction
             )
         loss, q_value = self.critic.loss(self.critic(batch.observations, batch.actions, raw=True), target)
-        return loss, {"q_value": q_value, "clipped_target_mass": clipped}
+        return loss, {"q_value": q_value, "clipped_target_mass": clipped, "terminated": batch.dones.mean()}
 
     @th.compiler.disable
     def _descend(self, name: str, loss: th.Tensor, optimizer: th.optim.Optimizer) -> th.Tensor:
