@@ -6,6 +6,8 @@ project = "sb3-mfpo"
 release = __version__
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.viewcode", "myst_parser"]
 html_theme = "furo"
+# Links to headings, as on GitHub
+myst_heading_anchors = 3
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
 exclude_patterns = ["_build"]
