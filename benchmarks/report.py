@@ -1,9 +1,9 @@
 """
 What a suite's results say: learning curves by steps and by time, aggregates with rliable, a table in Markdown.
 
-Writes ``<suite>_curves.png`` and ``<suite>_by_task.md``; once all runs are done ``<suite>_aggregate.png`` and ``<suite>.md``,
-too. Scores are returns on the suite's scale for the task (0 and 1 are its ``score``); intervals are 95 % bootstrap intervals,
-stratified by task.
+Writes ``<suite>_curves.png``, ``<suite>_overview.png`` and ``<suite>_by_task.md``; once all runs are done
+``<suite>_aggregate.png`` and ``<suite>.md``, too. Scores are returns on the suite's scale for the task (0 and 1 are its
+``score``); intervals are 95 % bootstrap intervals, stratified by task.
 
     python benchmarks/report.py benchmarks/suites/defaults.yml
 """
@@ -112,26 +112,13 @@ def draw_curves(rows: pd.DataFrame, suite: dict[str, Any], path: Path) -> None:
     times = rows.groupby(["algorithm", "task", "step"])["seconds"].transform("mean")
     rows = rows.assign(minutes=times / 60)
     panels = [("step", "deterministic"), ("step", "sample"), ("minutes", "deterministic")]
-    tasks = [task for task in suite["tasks"] if (rows["task"] == task).any()]
-    names = [name for name in suite["algorithms"] if (rows["algorithm"] == name).any()]
-    colors = seaborn.color_palette(PALETTE, n_colors=len(names))
-    size = (3.6 * len(panels), 2.5 * len(tasks) + 0.3 * -(-len(names) // 4) + 0.3)
+    tasks, colors = tasks_of(rows, suite), colors_of(rows, suite)
+    size = (3.6 * len(panels), 2.5 * len(tasks) + 0.3 * -(-len(colors) // 4) + 0.3)
     figure, axes = plt.subplots(len(tasks), len(panels), figsize=size, squeeze=False, layout="constrained")
     for i, task in enumerate(tasks):
         for j, (x, mode) in enumerate(panels):
             axis = axes[i, j]
-            seaborn.lineplot(
-                rows[(rows["task"] == task) & (rows["mode"] == mode)],
-                x=x,
-                y="return",
-                hue="algorithm",
-                hue_order=names,
-                palette=colors,
-                errorbar=("ci", 95),
-                seed=0,
-                ax=axis,
-                legend=False,
-            )
+            draw_panel(rows[(rows["task"] == task) & (rows["mode"] == mode)], x, colors, axis)
             axis.set(
                 xlabel={"step": "environment steps", "minutes": "minutes of training"}[x] if i == len(tasks) - 1 else "",
                 ylabel=f"{task.removeprefix('dm_control/')}\nreturn" if j == 0 else "",
@@ -139,9 +126,55 @@ def draw_curves(rows: pd.DataFrame, suite: dict[str, Any], path: Path) -> None:
             )
             if j == 0 and (name := suite["tasks"][task].get("published")):
                 draw_published(name, axis)
-    draw_legend(figure, names, colors)
+    draw_legend(figure, colors)
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def draw_overview(rows: pd.DataFrame, suite: dict[str, Any], path: Path) -> None:
+    """
+    Returns of deterministic actions against steps, all tasks in two rows.
+
+    :param rows: From ``read_results``
+    :param suite: The suite
+    :param path: The picture's
+    """
+    tasks, colors = tasks_of(rows, suite), colors_of(rows, suite)
+    columns = -(-len(tasks) // 2)
+    figure, axes = plt.subplots(2, columns, figsize=(2.6 * columns, 5), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(tasks) :]:
+        axis.axis("off")
+    for i, (task, axis) in enumerate(zip(tasks, axes.flat, strict=False)):
+        draw_panel(rows[(rows["task"] == task) & (rows["mode"] == "deterministic")], "step", colors, axis)
+        axis.set(
+            xlabel="environment steps" if i + columns >= len(tasks) else "",
+            ylabel="return" if i % columns == 0 else "",
+            title=task.removeprefix("dm_control/"),
+        )
+    draw_legend(figure, colors)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def tasks_of(rows: pd.DataFrame, suite: dict[str, Any]) -> list[str]:
+    return [task for task in suite["tasks"] if (rows["task"] == task).any()]
+
+
+def colors_of(rows: pd.DataFrame, suite: dict[str, Any]) -> dict[str, Any]:
+    names = [name for name in suite["algorithms"] if (rows["algorithm"] == name).any()]
+    return dict(zip(names, seaborn.color_palette(PALETTE, n_colors=len(names)), strict=True))
+
+
+def draw_panel(rows: pd.DataFrame, x: str, colors: dict[str, Any], axis: plt.Axes) -> None:
+    """
+    :param rows: Of one task and way of acting
+    :param x: Column to draw the returns against
+    :param colors: Of the algorithms, by name
+    :param axis: Where to
+    """
+    seaborn.lineplot(
+        rows, x=x, y="return", hue="algorithm", palette=colors, errorbar=("ci", 95), seed=0, ax=axis, legend=False
+    )
 
 
 def draw_published(task: str, axis: plt.Axes) -> None:
@@ -162,13 +195,12 @@ def draw_published(task: str, axis: plt.Axes) -> None:
         axis.legend(handles=lines, title="published", fontsize="x-small", title_fontsize="x-small")
 
 
-def draw_legend(figure: plt.Figure, names: list[str], colors: list[Any]) -> None:
+def draw_legend(figure: plt.Figure, colors: dict[str, Any]) -> None:
     """
     :param figure: With constrained layout
-    :param names: Of the algorithms
-    :param colors: Theirs
+    :param colors: Of the algorithms, by name
     """
-    lines = [plt.Line2D([], [], color=color, label=name) for name, color in zip(names, colors, strict=True)]
+    lines = [plt.Line2D([], [], color=color, label=name) for name, color in colors.items()]
     figure.legend(handles=lines, loc="outside lower center", ncols=4)
 
 
@@ -180,8 +212,8 @@ def draw_aggregate(rows: pd.DataFrame, suite: dict[str, Any], path: Path) -> Non
     :param suite: The suite
     :param path: The picture's
     """
-    names = list(suite["algorithms"])
-    colors = seaborn.color_palette(PALETTE, n_colors=len(names))
+    colors = colors_of(rows, suite)
+    names = list(colors)
     figure, axes = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
     small: dict[str, Any] = dict(labelsize="medium", ticklabelsize="medium")
     for line, mode in zip(axes, MODES, strict=True):
@@ -225,10 +257,15 @@ def draw_aggregate(rows: pd.DataFrame, suite: dict[str, Any], path: Path) -> Non
         line[1].set_ylabel("share of runs above it")
         if len(names) > 1:
             plot_utils.plot_probability_of_improvement(
-                *improvements(last), pair_separator="|", colors=colors[1:], ax=line[2], xlabel="P(X better than Y)", **small
+                *improvements(last),
+                pair_separator="|",
+                colors=list(colors.values())[1:],
+                ax=line[2],
+                xlabel="P(X better than Y)",
+                **small,
             )
             line[2].set_xlim(0, 1)
-    draw_legend(figure, names, colors)
+    draw_legend(figure, colors)
     # The titles of the last column stand out of their axes
     figure.savefig(path, dpi=90, bbox_inches="tight")
     plt.close(figure)
@@ -341,6 +378,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows = read_results(options.input or RESULTS / f"{name}.csv", suite)
     options.images.mkdir(parents=True, exist_ok=True)
     draw_curves(rows, suite, options.images / f"{name}_curves.png")
+    draw_overview(rows, suite, options.images / f"{name}_overview.png")
     path = options.table or RESULTS / f"{name}.md"
     by_task = path.with_stem(f"{path.stem}_by_task")
     by_task.write_text(table_by_task(rows, suite) + "\n")

@@ -10,7 +10,7 @@ import gymnasium as gym
 import pytest
 import torch as th
 
-from sb3_mfpo import MFPO
+from sb3_mfpo import MFPO, SOM
 from tests.helpers import RandomEnv
 
 ROOT = Path(__file__).parent.parent
@@ -20,6 +20,10 @@ ELSEWHERE = {"export.md": "test_examples.py", "data.md": "test_examples.py", "no
 
 def snippets(page: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+
+
+def shortened(code: str) -> str:
+    return re.sub(r"\.learn\([\d_]+", ".learn(104", code).replace("n_eval_episodes=20", "n_eval_episodes=1")
 
 
 PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if snippets(page)]
@@ -38,8 +42,16 @@ def test_the_lines_of_a_page(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
     if page.name == "mfpo.md":
         names["model"] = MFPO("MlpPolicy", RandomEnv(), buffer_size=10)
     for code in snippets(page):
-        exec(re.sub(r"\.learn\([\d_]+", ".learn(104", code).replace("n_eval_episodes=20", "n_eval_episodes=1"), names)
+        exec(shortened(code), names)
         model = names.get("model")
         if ".learn(" in code and model is not None:
             assert model._n_updates > 0
     gym.registry.pop("Walk-v0", None)
+
+
+def test_som_takes_the_place_of_mfpo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (code,) = snippets(ROOT / "README.md")
+    names: dict[str, Any] = {}
+    exec(shortened(code.replace("MFPO", "SOM")), names)
+    assert isinstance(names["model"], SOM)

@@ -59,27 +59,9 @@ def test_every_example_is_run_here() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.py")} == set(ARGUMENTS)
 
 
-def test_the_readme_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As printed, with fewer steps."""
-    code, _ = readme_examples()
-    monkeypatch.chdir(tmp_path)
-    for algorithm in ("MFPO", "SOM"):
-        names: dict[str, Any] = {}
-        exec(code.replace("1_000_000", "102").replace("MFPO", algorithm), names)
-        assert names["model"].num_timesteps == 102
-        assert names["action"].shape == (1, 6)
-
-
-def readme_examples() -> list[str]:
-    examples = re.findall(r"```python\n(.*?)```", (EXAMPLES.parent / "README.md").read_text(), flags=re.DOTALL)
-    assert all("1_000_000" in code for code in examples)
-    return examples
-
-
-def test_the_readmes_stop_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same lines begin a run, then resume it."""
-    _, code = readme_examples()
-    assert code in (EXAMPLES.parent / "docs" / "long_training.md").read_text()
+def test_stop_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The manual's lines begin a run, and the same lines resume it."""
+    code = re.findall(r"```python\n(.*?)```", (EXAMPLES.parent / "docs" / "long_training.md").read_text(), flags=re.DOTALL)[0]
     monkeypatch.chdir(tmp_path)
     for total in (103, 106):
         names: dict[str, Any] = {}

@@ -70,7 +70,8 @@ def test_wheel(tmp_path: Path) -> None:
     """Built from a clean copy of the sources: no tests inside, typed, imports without the optional packages."""
     subprocess.run([sys.executable, "-m", "build", "--outdir", str(tmp_path), str(ROOT)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
-    assert len(list(tmp_path.glob("*.tar.gz"))) == 1
+    (sources,) = tmp_path.glob("*.tar.gz")
+    subprocess.run([sys.executable, "-m", "twine", "check", "--strict", wheel, sources], check=True)
     names = zipfile.ZipFile(wheel).namelist()
     packages = {name.split("/")[0] for name in names}
     assert len(packages) == 2 and "sb3_mfpo" in packages and any(name.endswith(".dist-info") for name in packages)

@@ -380,12 +380,13 @@ def test_help_lists_the_commands() -> None:
 
 
 @needs_renderer
-def test_the_commands_of_the_readme(tmp_path: Path) -> None:
+def test_the_commands_of_the_manual(tmp_path: Path) -> None:
     """As printed, with shorter episodes, fewer steps and no window."""
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    (block,) = re.findall(r"## Run experiments.*?```bash\n(.*?)```", readme, flags=re.DOTALL)
+    root = Path(__file__).parent.parent
+    block = re.findall(r"```bash\n(.*?)```", (root / "docs" / "zoo.md").read_text(), flags=re.DOTALL)[0]
     lines = block.strip().splitlines()
     assert len(lines) == 5
+    assert "\n".join(lines[:2]) in (root / "README.md").read_text()
     for line in lines:
         command = line.removeprefix("python -m sb3_mfpo.zoo ").replace("HalfCheetah-v5", TASK).replace("-n 500", "-n 20")
         command = command.replace("dog-run", "cartpole-balance")
