@@ -73,6 +73,24 @@ def test_the_narrow_start_has_the_mean_and_width_that_it_should(low: float, high
     assert logits.max() - logits.min() < 11.5
 
 
+@pytest.mark.parametrize("factor", [0.7, 1.0, 1.1, 1.9, 3.0])
+@pytest.mark.parametrize("mean", [-4.0, 0.3, 5.0])
+def test_a_distribution_stays_where_it_is_when_its_support_is_stretched(mean: float, factor: float) -> None:
+    """A normal distribution wider than a step of the support: mean and deviation, and one linear map for all logits."""
+    atoms = th.linspace(-20, 20, 101, dtype=th.float64)
+    logits = -0.5 * ((atoms - mean) / 1.5).square()
+    stretched = categorical.stretch_support(logits, factor)
+    probs = stretched.softmax(0)
+    assert (probs * factor * atoms).sum().item() == pytest.approx(mean, abs=0.05)
+    assert (probs * (factor * atoms - mean).square()).sum().sqrt().item() == pytest.approx(1.5, rel=0.1)
+    weight, hidden = th.randn(101, 7, dtype=th.float64), th.randn(7, dtype=th.float64)
+    assert th.allclose(
+        categorical.stretch_support(weight, factor) @ hidden, categorical.stretch_support(weight @ hidden, factor)
+    )
+    if factor == 1:
+        assert th.equal(stretched, logits)
+
+
 def test_backups_narrow_a_wide_distribution_by_the_discount() -> None:
     """Every backup multiplies the width by gamma, which is why a uniform start takes long."""
     atoms = th.linspace(-1600, 1600, 101)

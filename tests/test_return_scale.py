@@ -14,6 +14,7 @@ from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from torch import nn
 
 from sb3_mfpo import MFPO
 from sb3_mfpo.training.return_scale import ReturnScale
@@ -128,14 +129,54 @@ def test_an_explicit_range_is_fixed(algorithm: Algorithm) -> None:
     assert "train/return_scale" not in model.logger.name_to_value
 
 
-def test_values_stay_in_proportion_when_the_scale_changes(algorithm: Algorithm) -> None:
-    for critic_type in ("categorical", "scalar"):
-        critic = make_model(algorithm, policy_kwargs=dict(critic_type=critic_type, value_init="uniform")).critic
-        observations, actions = th.randn(4, 3), th.rand(4, 2)
-        with th.no_grad():
-            before = th.cat(critic(observations, actions))
-            critic.rescale(8.0)
-            assert th.equal(th.cat(critic(observations, actions)), 8 * before) and before.abs().max() > 0
+def test_its_unit_follows_in_steps() -> None:
+    scale = scale_of([[0.0]], [[True]], gamma=0.0)
+    assert scale.follow() == 1.0 and scale.unit == 0.0
+    # Of one reward that is not 0: its size over the range
+    scale.update(np.array([40.0]), np.array([True]), 0.0)
+    values = [scale.value]
+    assert scale.follow() == 1.0 and scale.unit == scale.value == 20.0
+    for reward in (41.0, 44.0, 60.0):
+        scale.update(np.array([reward]), np.array([True]), 0.0)
+        values.append(scale.value)
+        unit, factor = scale.unit, scale.follow()
+        assert scale.unit == pytest.approx(unit * factor, rel=1e-15)
+        assert scale.unit == (scale.value if factor != 1 else unit)
+        assert 1 / 1.1 < scale.value / scale.unit < 1.1
+    assert len(set(values)) == 4
+
+
+@pytest.mark.parametrize("critic_type", ["categorical", "scalar"])
+def test_values_stay_when_the_scale_changes(algorithm: Algorithm, critic_type: str) -> None:
+    """In units of return; by a large factor in small steps. Where nothing was learned in a unit, they change in proportion."""
+    kwargs = dict(critic_type=critic_type, value_init="uniform", n_atoms=101, value_range=20.0)
+    critic = make_model(algorithm, policy_kwargs=kwargs).critic
+    for layer in critic._output_layers():
+        nn.init.normal_(layer.weight, std=0.03 if critic_type == "categorical" else 1.0)
+        if critic_type == "categorical":
+            layer.bias.data = -0.5 * ((critic.grid - 2) / 1.5).square()
+    observations, actions = th.randn(40, 3), th.rand(40, 2)
+    with th.no_grad():
+        before = th.cat(critic(observations, actions))
+        for k in range(1, 11):
+            critic.rescale(1.15**k, 1.15)
+        after = th.cat(critic(observations, actions))
+        critic.rescale(8 * 1.15**10, 1.0)
+        assert th.allclose(th.cat(critic(observations, actions)), 8 * after)
+    # Distributions that become as narrow as the distance of two atoms are rounded
+    rounding = 0.2 * (0.4 * 1.15**10) if critic_type == "categorical" else 1e-5
+    assert (after - before).abs().max() < rounding < 0.2 * before.abs().max()
+
+
+def test_a_scale_that_rises_while_learning_raises_no_value(algorithm: Algorithm) -> None:
+    model = make_model(algorithm, seed=0, learning_rate=0.0, policy_kwargs=dict(critic_type="scalar")).learn(30)
+    batch = model.replay_buffer.sample(20)
+    before = [th.cat(critic(batch.observations, batch.actions)) for critic in (model.critic, model.critic_target)]
+    model.return_scale.largest = 1e3 * model.return_scale.value_range
+    model.train(1, batch_size=8)
+    assert model.critic.scale == model.critic_target.scale == 1e3
+    for critic, values in zip((model.critic, model.critic_target), before, strict=True):
+        assert th.allclose(th.cat(critic(batch.observations, batch.actions)), values, rtol=1e-4)
 
 
 def test_it_is_saved_and_logged(algorithm: Algorithm, tmp_path: Path) -> None:
@@ -146,7 +187,8 @@ def test_it_is_saved_and_logged(algorithm: Algorithm, tmp_path: Path) -> None:
     assert_equal(*states)
     assert loaded.critic.scale == model.critic.scale == model.critic_target.scale
     # The rollout after the last update is in the scale already
-    assert model.logger.name_to_value["train/return_scale"] == pytest.approx(model.critic.scale.item(), rel=1e-6)
+    assert model.logger.name_to_value["train/return_scale"] == model.return_scale.value
+    assert model.critic.scale.item() == pytest.approx(model.return_scale.unit, rel=1e-6)
 
 
 def test_it_goes_on_in_another_environment(algorithm: Algorithm) -> None:

@@ -49,6 +49,23 @@ def narrow_logits(atoms: th.Tensor) -> th.Tensor:
     return (0.999 * normal + 0.001 / len(atoms)).log()
 
 
+def stretch_support(logits: th.Tensor, factor: float) -> th.Tensor:
+    """
+    Logits of distributions that stay where they are while their support, evenly spaced around 0, becomes wider or narrower:
+    those at an atom's new place on the old support, linearly between its atoms, and beyond it those of its ends. (Linear in
+    the logits, so that it can be applied to the parameters of the layer that gives them.)
+
+    :param logits: shape (n_atoms, ...)
+    :param factor: By which the support is stretched, above 0
+    :return: shape (n_atoms, ...)
+    """
+    last = len(logits) - 1
+    atoms = th.arange(last + 1, dtype=logits.dtype, device=logits.device)
+    index = (last / 2 + factor * (atoms - last / 2)).clamp(0, last)
+    below = index.floor().long().clamp(0, last - 1)
+    return th.lerp(logits[below], logits[below + 1], (index - below).view(-1, *[1] * (logits.ndim - 1)))
+
+
 def bellman_atoms(rewards: th.Tensor, discounts: th.Tensor | float, entropy_bonus: th.Tensor, atoms: th.Tensor) -> th.Tensor:
     """
     Where a soft Bellman backup carries the atoms, reward + discount (z + entropy bonus), before clipping to the support.

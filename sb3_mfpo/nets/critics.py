@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch as th
 from gymnasium import spaces
@@ -65,13 +65,33 @@ class Critic(BaseModel):
             for _ in range(n_critics)
         )
 
-    def rescale(self, scale: float) -> None:
+    @th.no_grad()
+    def rescale(self, scale: float, factor: float) -> None:
         """
-        Change the unit of what the networks learn. What they have learned changes in proportion.
+        Change the unit of what the networks learn. The values that they have learned stay what they are in units of return;
+        otherwise every value would rise with the scale, and be believed where a backup rests on other values alone.
 
         :param scale: In units of return, above 0
+        :param factor: By which a unit that values were learned in has changed; 1 if there was none
         """
         self.scale.fill_(scale)
+        if factor != 1:
+            for layer in self._output_layers():
+                # Where a parametrization computes them, they change in proportion
+                if isinstance(layer.weight, nn.Parameter) and isinstance(layer.bias, nn.Parameter):
+                    layer.weight.copy_(self._in_new_unit(layer.weight, factor))
+                    layer.bias.copy_(self._in_new_unit(layer.bias, factor))
+
+    def _output_layers(self) -> list[nn.Linear]:
+        return [cast(MultiInputMLP, q_network).output_layer for q_network in self.q_networks]
+
+    @abstractmethod
+    def _in_new_unit(self, parameter: th.Tensor, factor: float) -> th.Tensor:
+        """
+        :param parameter: Weight or bias of an output layer, shape (output_dim, ...)
+        :param factor: By which the unit of the values has changed
+        :return: The same for values that have not, shape (output_dim, ...)
+        """
 
     def encode(self, observations: PyTorchObs) -> th.Tensor:
         """
@@ -185,15 +205,17 @@ class CategoricalCritic(Critic):
         self.register_buffer("grid", grid)
         self.register_buffer("atoms", grid.clone())
         if value_init == "narrow":
-            for q_network in self.q_networks:
-                output_layer: Any = [q_network.input_layer, *q_network.body][-1]  # type: ignore[misc]
-                nn.init.zeros_(output_layer.weight)
+            for layer in self._output_layers():
+                nn.init.zeros_(layer.weight)
                 with th.no_grad():
-                    output_layer.bias.copy_(categorical.narrow_logits(grid))
+                    layer.bias.copy_(categorical.narrow_logits(grid))
 
-    def rescale(self, scale: float) -> None:
-        super().rescale(scale)
+    def rescale(self, scale: float, factor: float) -> None:
+        super().rescale(scale, factor)
         th.mul(self.grid, self.scale, out=self.atoms)
+
+    def _in_new_unit(self, parameter: th.Tensor, factor: float) -> th.Tensor:
+        return categorical.stretch_support(parameter, factor)
 
     def expected_return(self, outputs: th.Tensor) -> th.Tensor:
         return categorical.expected_value(outputs.softmax(dim=-1), self.atoms)
@@ -221,6 +243,9 @@ class ScalarCritic(Critic):
 
     def __init__(self, **kwargs: Any):
         super().__init__(output_dim=1, **kwargs)
+
+    def _in_new_unit(self, parameter: th.Tensor, factor: float) -> th.Tensor:
+        return parameter / factor
 
     def expected_return(self, outputs: th.Tensor) -> th.Tensor:
         return outputs.squeeze(-1) * self.scale

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import reduce
-from typing import Any
+from typing import Any, cast
 
 import torch as th
 from torch import nn
@@ -146,6 +146,10 @@ class MultiInputMLP(nn.Module):
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
+
+    @property
+    def output_layer(self) -> nn.Linear:
+        return cast(nn.Linear, [self.input_layer, *self.body][-1])
 
     def forward(self, *inputs: th.Tensor) -> th.Tensor:
         """

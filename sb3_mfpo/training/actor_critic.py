@@ -287,9 +287,10 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
         self._found_inf.zero_()
         self._set_critic_reduction()
         if self.return_scale is not None:
-            self.logger.record("train/return_scale", self.return_scale.value)
+            factor = self.return_scale.follow()
             for critic in (self.critic, self.critic_target):
-                critic.rescale(self.return_scale.value)
+                critic.rescale(self.return_scale.unit or 1.0, factor)
+            self.logger.record("train/return_scale", self.return_scale.value)
 
         totals: defaultdict[str, float] = defaultdict(float)
         counts: Counter[str] = Counter()

@@ -15,11 +15,18 @@ class ReturnScale:
     It is proportional to the rewards. A factor that is a power of two changes no other bit of it. (The statistics are those of
     SimbaV2, https://arxiv.org/abs/2502.15280, without its epsilon.)
 
+    Values are learned in a ``unit`` that follows it in steps of a tenth or more.
+
     :param value_range: Half-width of the values' support, in scales, above 0
     """
 
+    # A change by less is not worth the rounding of the values' distributions
+    STEP = 1.1
+
     def __init__(self, value_range: float):
         self.value_range = value_range
+        # In units of return; 0 until there is a reward that is not
+        self.unit = 0.0
         self.returns = np.zeros(0)
         self.largest = 0.0
         # Without SB3's pseudo-count, which has a unit
@@ -29,6 +36,18 @@ class ReturnScale:
     def value(self) -> float:
         """The scale, above 0, in units of return."""
         return max(float(np.sqrt(self.moments.var)), self.largest / self.value_range) or 1.0
+
+    def follow(self) -> float:
+        """
+        Let the unit follow the scale.
+
+        :return: By which factor the unit has changed; 1 if there was none
+        """
+        value, before = self.value, self.unit
+        if self.largest == 0 or (before > 0 and 1 / self.STEP < value / before < self.STEP):
+            return 1.0
+        self.unit = value
+        return value / before if before > 0 else 1.0
 
     @property
     def settled(self) -> bool:
