@@ -3,12 +3,14 @@
 import argparse
 import csv
 import importlib.util
+import json
 import os
 import pkgutil
 import re
 import subprocess
 import sys
 import warnings
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,13 @@ import yaml
 from rl_zoo3 import hyperparams_opt, utils
 from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3 import SAC
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_mfpo import MFPO, SOM, RunCheckpointCallback
 from sb3_mfpo.envs import NO_RENDERER, ReadyEntryPoint, register_dm_control
 from sb3_mfpo.zoo.__main__ import COMMANDS, main
+from sb3_mfpo.zoo.hub import evaluate_both_ways
 from sb3_mfpo.zoo.manager import Hyperparameters, Manager, create_test_env, merged
 from sb3_mfpo.zoo.registration import ALGORITHMS, hyperparameter_file, register
 from tests.helpers import make_model
@@ -438,10 +442,128 @@ def test_the_model_card_of_the_hub(tmp_path: Path) -> None:
     register()
     from rl_zoo3.push_to_hub import generate_model_card, save_model_card
 
-    card, metadata = generate_model_card("mfpo", "MFPO", "someone", TASK, -5.0, 1.0, {"gamma": 0.9}, {})
-    save_model_card(tmp_path, card, metadata)
+    card, entries = generate_model_card("mfpo", "MFPO", "someone", TASK, -5.0, 1.0, {"gamma": 0.9}, {})
+    save_model_card(tmp_path, card, entries)
     text = (tmp_path / "README.md").read_text()
     assert "**MFPO** Agent playing **Reacher-v5**" in text and "-5.00 +/- 1.00" in text
+
+
+# The hub, as a folder: what rl_zoo3's commands ask huggingface_hub for
+OFFLINE_HUB = """
+import shutil, sys
+from pathlib import Path
+
+import httpx2
+import huggingface_hub
+from huggingface_hub.errors import RemoteEntryNotFoundError
+
+hub = Path("hub_server").resolve()
+
+def snapshot_download(self, repo_id, local_dir):
+    (hub / repo_id).mkdir(parents=True, exist_ok=True)
+    shutil.copytree(hub / repo_id, local_dir, dirs_exist_ok=True)
+
+def upload_folder(self, repo_id, folder_path, commit_message):
+    shutil.copytree(folder_path, hub / repo_id, dirs_exist_ok=True)
+
+def hf_hub_download(repo_id, filename, **kwargs):
+    path = hub / repo_id / filename
+    if not path.is_file():
+        request = httpx2.Request("GET", "https://huggingface.co")
+        raise RemoteEntryNotFoundError("no such file", response=httpx2.Response(404, request=request))
+    return str(path)
+
+huggingface_hub.HfApi.create_repo = lambda self, repo_id, **kwargs: repo_id
+huggingface_hub.HfApi.snapshot_download = snapshot_download
+huggingface_hub.HfApi.upload_folder = upload_folder
+huggingface_hub.hf_hub_download = hf_hub_download
+
+from sb3_mfpo.zoo.__main__ import main
+
+main()
+"""
+# It rewards the repetition of an action. Episodes have five and six steps in turn.
+REPETITION = """
+import gymnasium as gym
+import numpy as np
+
+class Repetition(gym.Env):
+    observation_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+    # Some may be at a bound, never all
+    action_space = gym.spaces.Box(-1, 1, (8,), np.float32)
+    episodes = 0
+
+    def reset(self, *, seed=None, options=None):
+        self.episodes += 1
+        self.steps, self.last = 0, None
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        repeated, self.last = self.last is not None and np.array_equal(action, self.last), action.copy()
+        self.steps += 1
+        return np.zeros(2, np.float32), float(repeated), self.steps == 5 + self.episodes % 2, False, {}
+
+gym.register("Repetition-v0", Repetition)
+"""
+
+
+def hub_command(folder: Path, command: str) -> str:
+    path = os.pathsep.join([str(folder), str(Path(__file__).parent.parent)])
+    environment = bare_environment(PYTHONPATH=path, TRUST_REMOTE_CODE="True")
+    line = [sys.executable, "-c", OFFLINE_HUB, *command.split()]
+    run = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
+
+
+def test_a_model_on_the_hub(tmp_path: Path) -> None:
+    """
+    Pushed, loaded and played by the commands of its card. The best of ten candidates is the same action at every step, which
+    is rewarded four and five times in turn; two samples are never the same.
+    """
+    # rl_zoo3 finds tasks of one's own in this module
+    (tmp_path / "custom_envs.py").write_text(REPETITION)
+    model = "--algo som --env Repetition-v0"
+    small = "-params learning_starts:15 policy_kwargs:dict(net_arch=[8])"
+    hub_command(tmp_path, f"train {model} --seed 7 -n 20 --eval-freq -1 {small} -f trained")
+    hub_command(tmp_path, f"push-to-hub {model} -f trained -orga someone -name copy --no-render")
+
+    card = (tmp_path / "hub_server/someone/copy/README.md").read_text()
+    assert "| deterministic: the best of 10 | 4.50 | 0.50 | 10 |" in card
+    assert "| single samples | 0.00 | 0.00 | 10 |" in card
+    # The number that the hub lists
+    assert "value: 4.50 +/- 0.50" in card
+    assert "Number of training seeds: 1 (seed 7)" in card
+    for name in ("sb3-mfpo", "stable-baselines3", "torch", "gymnasium", "rl_zoo3"):
+        assert f"{name} {metadata.version(name)}" in card
+    assert "after 20 steps" in card and "('learning_starts', 15)" in card
+    assert "rl_zoo3." not in card
+    commands = re.findall(r"python -m sb3_mfpo\.zoo (.*)", card)
+    assert [command.split()[0] for command in commands] == ["load-from-hub", "enjoy", "train", "push-to-hub"]
+    for command in commands[:2]:
+        output = hub_command(tmp_path, command + " --no-render -n 12" * command.startswith("enjoy"))
+    assert "Mean reward: 4.50" in output
+    loaded, pushed = (tmp_path / f"{folder}/som/Repetition-v0_1/Repetition-v0.zip" for folder in ("logs", "trained"))
+    weights = [SOM.load(path, buffer_size=1).policy.state_dict() for path in (loaded, pushed)]
+    assert all(th.equal(weights[0][name], weights[1][name]) for name in weights[1])
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_both_ways_of_acting_are_evaluated(deterministic: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The results of the file are those of the way that is asked for. Models of SB3 are evaluated as before."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "repetition.py").write_text(REPETITION)
+    env = DummyVecEnv([lambda: Monitor(gym.make("repetition:Repetition-v0"))])
+    expected = {True: (4.5, 0.5), False: (0.0, 0.0)}
+    assert evaluate_both_ways(make_model(MFPO, env), env, 4, deterministic, tmp_path) == expected[deterministic]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert (results["mean_reward"], results["is_deterministic"]) == (expected[deterministic][0], deterministic)
+    ways = {way["is_deterministic"]: (way["mean_reward"], way["std_reward"]) for way in results["ways_of_acting"]}
+    assert ways == expected and {way["n_eval_episodes"] for way in results["ways_of_acting"]} == {4}
+
+    sac = SAC("MlpPolicy", env, policy_kwargs=dict(net_arch=[8]), buffer_size=10)
+    evaluate_both_ways(sac, env, 2, deterministic, tmp_path)
+    assert "ways_of_acting" not in json.loads((tmp_path / "results.json").read_text())
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)

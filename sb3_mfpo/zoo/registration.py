@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from sb3_mfpo.envs import is_of_shimmy, ready_spec
 from sb3_mfpo.training.mean_flow import MeanFlowAlgorithm
 from sb3_mfpo.zoo import manager, search_space
+from sb3_mfpo.zoo.hub import prepare_hub
 from sb3_mfpo.zoo.manager import ALGORITHMS
 
 
@@ -28,9 +28,10 @@ def hyperparameter_file(algorithm: str) -> Path:
 def register(playing: bool = False) -> None:
     """
     Add our algorithms to rl_zoo3's registry, samplers and converters, replace its experiment by that of
-    :mod:`sb3_mfpo.zoo.manager`, and prepare the registered DeepMind Control tasks for its policies.
+    :mod:`sb3_mfpo.zoo.manager`, prepare the registered DeepMind Control tasks for its policies, and its hub commands as
+    :func:`sb3_mfpo.zoo.hub.prepare_hub` does.
 
-    Call it before anything is imported from ``rl_zoo3.exp_manager`` or ``rl_zoo3.train``.
+    Call it before anything is imported from ``rl_zoo3.exp_manager``, ``rl_zoo3.train`` or its hub commands.
 
     :param playing: Whether models will be loaded only to act; they then get a replay buffer of a single transition. rl_zoo3
         does this for the algorithms in lists within its functions, which cannot be extended.
@@ -41,7 +42,7 @@ def register(playing: bool = False) -> None:
         hyperparams_opt.HYPERPARAMS_CONVERTER[name] = getattr(search_space, f"convert_{name}_params")
     exp_manager.ExperimentManager = manager.Manager  # type: ignore[misc]
     rl_zoo3.create_test_env = utils.create_test_env = manager.create_test_env
-    _fix_push_to_hub()
+    prepare_hub()
     ready_dm_control()
 
 
@@ -50,14 +51,6 @@ def ready_dm_control() -> None:
     for env_id, spec in gym.registry.items():
         if is_of_shimmy(spec):
             gym.registry[env_id] = ready_spec(spec)
-
-
-def _fix_push_to_hub() -> None:
-    # rl_zoo3 2.9.2 imports a function that its dependency sb3-team-hf-integration 3.2 has renamed, and that now returns an
-    # object. By name, because the package also exports a function of the module's name.
-    push_to_hub: Any = importlib.import_module("huggingface_sb3.push_to_hub")
-    if not hasattr(push_to_hub, "generate_metadata"):
-        push_to_hub.generate_metadata = lambda *args: push_to_hub._generate_metadata(*args).to_dict()
 
 
 def _without_memory(algorithm: type[MeanFlowAlgorithm]) -> type[MeanFlowAlgorithm]:
