@@ -1,15 +1,16 @@
-"""Tasks ready for Stable-Baselines3: DeepMind Control through shimmy, and Gymnasium-Robotics."""
+"""Tasks ready for Stable-Baselines3: DeepMind Control through shimmy, Gymnasium-Robotics and HumanoidBench."""
 
 from __future__ import annotations
 
 import dataclasses
 import enum
 import functools
-import importlib
+import importlib.util
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
@@ -31,6 +32,10 @@ assert renderer.render().shape == (32, 32, 3)
 """
 # These modules read MUJOCO_GL when they are imported
 CHOOSE_WHEN_IMPORTED = ("dm_control._render", "mujoco.rendering.classic.gl_context")
+INSTALL_HUMANOID_BENCH = (
+    "`git clone https://github.com/carlosferrazza/humanoid-bench && pip install --no-deps -e ./humanoid-bench`"
+)
+REACH_POLICY = "humanoid_bench.mjx.flax_to_torch"
 
 
 class NoRendererError(RuntimeError):
@@ -244,3 +249,52 @@ def register_robotics() -> None:
     if joints.mjJNT_HINGE != np.int32(int(joints.mjJNT_HINGE)):
         equal = enum.IntEnum("mjtJoint", {name: int(value) for name, value in joints.__members__.items()})  # type: ignore[misc]
         mujoco_utils.mujoco = SimpleNamespace(**{**vars(mujoco), "mjtJoint": equal})
+
+
+def register_humanoid_bench() -> None:
+    """
+    Let HumanoidBench register its tasks with Gymnasium, and correct what keeps them from being made with newer packages than
+    those it pins: it reads arrays that MuJoCo 3.17 no longer has, and imports JAX, which no task needs.
+
+    :raises ImportError: If HumanoidBench, dm_control or MuJoCo is not installed
+    """
+    try:
+        import mujoco
+
+        if REACH_POLICY not in sys.modules and importlib.util.find_spec("jax") is None:
+            _import_reach_policy_without_jax()
+        import humanoid_bench
+        from humanoid_bench.dmc_deps import dmc_sizes
+    except ImportError as error:
+        raise ImportError(
+            f"Tasks of HumanoidBench need it, dm_control and MuJoCo ({error}): install `sb3-mfpo[dmc]`, and "
+            f"{INSTALL_HUMANOID_BENCH}."
+        ) from error
+    gym.register_envs(humanoid_bench)
+    for struct, owner in (("mjmodel", mujoco.MjModel), ("mjdata", mujoco.MjData)):
+        arrays = dmc_sizes.array_sizes[struct]
+        for name in [name for name in arrays if not hasattr(owner, name)]:
+            del arrays[name]
+
+
+def _import_reach_policy_without_jax() -> None:
+    # This module of HumanoidBench uses JAX only to convert files, which no task does. An empty JAX takes its place, and only
+    # while this one module is imported, because other packages ask whether JAX is there.
+    package = importlib.util.find_spec("humanoid_bench")
+    if package is None or not package.submodule_search_locations:
+        raise ImportError("No module named 'humanoid_bench'")
+    file = Path(package.submodule_search_locations[0], "mjx", "flax_to_torch.py")
+    if not file.is_file():
+        # An installation that is not editable leaves such folders out
+        raise ImportError(f"{file} is missing")
+    spec = importlib.util.spec_from_file_location(REACH_POLICY, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    empty = {name: ModuleType(name) for name in ("jax", "jax.numpy")}
+    sys.modules.update(empty)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        for name in empty:
+            del sys.modules[name]
+    sys.modules[REACH_POLICY] = module

@@ -1,14 +1,19 @@
-"""DeepMind Control tasks as Stable-Baselines3 wants them."""
+"""Tasks as Stable-Baselines3 wants them: DeepMind Control, Gymnasium-Robotics, HumanoidBench."""
 
 import dataclasses
+import importlib.util
 import os
 import subprocess
 import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch as th
 from gymnasium import spaces
 from gymnasium.envs.registration import WrapperSpec
 from stable_baselines3 import HerReplayBuffer
@@ -25,6 +30,7 @@ from sb3_mfpo.envs import (
     make_dm_control,
     ready_spec,
     register_dm_control,
+    register_humanoid_bench,
     register_robotics,
 )
 from tests.helpers import SMALL, SMALL_POLICY
@@ -287,3 +293,153 @@ def test_hindsight_on_fetch() -> None:
     model.learn(110)
     assert model._n_updates == 10 and model.replay_buffer.pos == 110
     assert model.predict(model.get_env().reset())[0].shape == (1, 4)
+
+
+# HumanoidBench's shape, as far as newer packages break it: each task reads every array of MuJoCo's structures in a list, some
+# of which MuJoCo 3.17 no longer has, and the package imports a module that imports JAX.
+HUMANOID_BENCH = {
+    "__init__.py": """
+        import gymnasium as gym
+
+        from .env import TASKS
+
+        for task in TASKS:
+            entry_point = "humanoid_bench.env:HumanoidEnv"
+            gym.register(f"h1-{task}-v0", entry_point, max_episode_steps=1000, kwargs=dict(task=task))
+        """,
+    "env.py": """
+        import gymnasium as gym
+        import mujoco
+        import numpy as np
+
+        from humanoid_bench.dmc_deps import dmc_sizes
+
+        from .wrappers import TorchPolicy
+
+        TASKS = ("walk", "stand")
+        BODY = "<mujoco><worldbody><body><joint/><geom size='.1'/></body></worldbody></mujoco>"
+
+        class HumanoidEnv(gym.Env):
+            observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+            action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+
+            def __init__(self, task, policy=False):
+                self.model = mujoco.MjModel.from_xml_string(BODY)
+                self.data = mujoco.MjData(self.model)
+                self.named = {
+                    struct: {name: getattr(owner, name) for name in dmc_sizes.array_sizes[struct]}
+                    for struct, owner in (("mjmodel", self.model), ("mjdata", self.data))
+                }
+                self.policy = TorchPolicy(2) if policy else None
+
+            def observe(self):
+                return np.concatenate([self.data.qpos, self.data.qvel])
+
+            def reset(self, *, seed=None, options=None):
+                mujoco.mj_resetData(self.model, self.data)
+                return self.observe(), {}
+
+            def step(self, action):
+                self.data.qfrc_applied[:] = action
+                mujoco.mj_step(self.model, self.data)
+                return self.observe(), float(self.named["mjdata"]["qvel"][0]), False, False, {}
+        """,
+    "wrappers.py": "from humanoid_bench.mjx.flax_to_torch import TorchPolicy",
+    "mjx/flax_to_torch.py": """
+        import torch
+        import jax.numpy as jnp
+
+        class TorchPolicy(torch.nn.Linear):
+            def __init__(self, inputs):
+                super().__init__(inputs, 1)
+
+        def convert(weights):
+            return jnp.transpose(weights)
+        """,
+    "dmc_deps/dmc_sizes.py": """
+        array_sizes = {
+            "mjmodel": {"body_mass": ("nbody",), "light_directional": ("nlight",), "tex_rgb": ("ntexdata",)},
+            "mjdata": {"qLDiagSqrtInv": ("nv",), "qM": ("nM",), "qpos": ("nq",), "qvel": ("nv",)},
+        }
+        """,
+}
+
+
+def write_humanoid_bench(folder: Path) -> None:
+    for name, content in HUMANOID_BENCH.items():
+        (file := folder / "humanoid_bench" / name).parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(textwrap.dedent(content))
+
+
+@pytest.fixture
+def clean_imports(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No HumanoidBench and no JAX before the test; what it imports and registers is gone after it."""
+    monkeypatch.setattr(gym.envs.registration, "registry", registry := dict(gym.registry))
+    monkeypatch.setattr(gym, "registry", registry)
+    before = dict(sys.modules)
+    ours = [name for name in before if name.split(".")[0] in ("humanoid_bench", "jax")]
+    for name in ours:
+        del sys.modules[name]
+    yield
+    for name in [name for name in sys.modules if name.split(".")[0] == "humanoid_bench"]:
+        del sys.modules[name]
+    sys.modules.update({name: before[name] for name in ours})
+
+
+@pytest.fixture
+def humanoid_bench(clean_imports: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package of HumanoidBench's shape, and no JAX."""
+    write_humanoid_bench(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "jax", None)
+    return tmp_path / "humanoid_bench"
+
+
+def test_humanoid_bench_alone_does_not_work(humanoid_bench: Path) -> None:
+    """The package of the following tests fails as HumanoidBench does."""
+    with pytest.raises(ImportError, match="jax"):
+        importlib.import_module("humanoid_bench")
+    (humanoid_bench / "wrappers.py").write_text("TorchPolicy = None")
+    importlib.invalidate_caches()
+    importlib.import_module("humanoid_bench")
+    with pytest.raises(AttributeError, match="light_directional"):
+        gym.make("h1-walk-v0")
+
+
+def test_tasks_of_humanoid_bench_are_made_and_move(humanoid_bench: Path) -> None:
+    register_humanoid_bench()
+    register_humanoid_bench()
+    assert sys.modules.get("jax") is None and "jax.numpy" not in sys.modules
+    env = gym.make("h1-walk-v0")
+    task: Any = env.unwrapped
+    assert {name: set(arrays) for name, arrays in task.named.items()} == dict(mjmodel={"body_mass"}, mjdata={"qpos", "qvel"})
+    env.reset(seed=0)
+    observation, reward, *_ = env.step(np.ones(1, np.float32))
+    assert observation[1] == reward > 0
+    # What needs PyTorch, but not JAX, works
+    policy: Any = gym.make("h1-stand-v0", policy=True).unwrapped
+    assert policy.policy(th.zeros(3, 2)).shape == (3, 1)
+
+
+def test_an_incomplete_humanoid_bench_is_named(humanoid_bench: Path) -> None:
+    """An installation that is not editable has only folders with an `__init__.py`."""
+    (humanoid_bench / "mjx" / "flax_to_torch.py").unlink()
+    with pytest.raises(ImportError, match=r"flax_to_torch\.py is missing.*pip install --no-deps -e"):
+        register_humanoid_bench()
+
+
+def test_a_missing_humanoid_bench_is_named(clean_imports: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "humanoid_bench", None)
+    with pytest.raises(ImportError, match=r"HumanoidBench need it.*sb3-mfpo\[dmc\].*pip install --no-deps -e"):
+        register_humanoid_bench()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("humanoid_bench") is None, reason="needs HumanoidBench, which is not on PyPI")
+@pytest.mark.parametrize("task", ["h1-walk-v0", "h1-crawl-v0", "h1hand-stand-v0"])
+def test_tasks_of_the_real_humanoid_bench(task: str) -> None:
+    register_humanoid_bench()
+    env = gym.make(task)
+    observation, _ = env.reset(seed=0)
+    env.action_space.seed(0)
+    after, reward, *_ = env.step(env.action_space.sample())
+    assert env.observation_space.contains(after) and np.isfinite(reward) and not np.array_equal(after, observation)

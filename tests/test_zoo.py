@@ -35,7 +35,7 @@ from sb3_mfpo.zoo.hub import evaluate_both_ways
 from sb3_mfpo.zoo.manager import Hyperparameters, Manager, create_test_env, merged
 from sb3_mfpo.zoo.registration import ALGORITHMS, hyperparameter_file, register
 from tests.helpers import make_model
-from tests.test_envs import OwnTask, bare, bare_environment, needs_renderer  # noqa: F401
+from tests.test_envs import OwnTask, bare, bare_environment, needs_renderer, write_humanoid_bench  # noqa: F401
 
 TASK = "Reacher-v5"
 HYPERPARAMS = {name: yaml.safe_load(hyperparameter_file(name).read_text()) for name in ALGORITHMS}
@@ -334,7 +334,7 @@ BAD_INPUT = {
     "train --algo mfpo --env Reacher-v55": "error: unknown task Reacher-v55, did you mean Reacher-v5?",
     "train --algo mfpo --env dm_control/dogrun-v0": "error: unknown task dm_control/dogrun-v0, did you mean dm_control/",
     "train --algo mfpo --env h1-walk-v0": "error: h1-walk-v0 is a task of HumanoidBench",
-    "train --algo mfpo --env Reacher-v5 --gym-packages humanoid_bench": "error: --gym-packages humanoid_bench: No module",
+    "train --algo mfpo --env Reacher-v5 --gym-packages no_tasks": "error: --gym-packages no_tasks: No module named 'no_tasks'",
     "train --algo mfop --env Reacher-v5": "sb3_mfpo.zoo train: error: argument --algo: invalid choice: 'mfop'",
     "train --algo mfpo --env Reacher-v5 -conf broken.yml": "error: --conf-file broken.yml: ParserError: while parsing",
     "train --algo mfpo --env Reacher-v5 --conf-file none.yml": "error: --conf-file none.yml: FileNotFoundError: [Errno 2] No",
@@ -366,6 +366,21 @@ def test_bad_input_is_refused_before_anything_is_done(
 def test_bad_input_ends_the_process(tmp_path: Path) -> None:
     output = zoo(tmp_path, "train --algo mfpo --env Reacher-v55", code=2)
     assert output.strip().splitlines()[-1] == "error: unknown task Reacher-v55, did you mean Reacher-v5?"
+
+
+def test_a_task_of_humanoid_bench(tmp_path: Path) -> None:
+    write_humanoid_bench(tmp_path)
+    command = "train --algo mfpo --env h1-walk-v0 --gym-packages humanoid_bench -n 12 --eval-freq -1 -params learning_starts:8"
+    zoo(tmp_path, command, PYTHONPATH=os.pathsep.join([str(tmp_path), str(Path(__file__).parent.parent)]))
+    model = MFPO.load(tmp_path / "logs" / "mfpo" / "h1-walk-v0_1" / "h1-walk-v0.zip", buffer_size=1)
+    assert model.num_timesteps == 12 and model.observation_space.shape == (2,)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("humanoid_bench") is not None, reason="HumanoidBench is installed")
+def test_a_missing_humanoid_bench(tmp_path: Path) -> None:
+    output = zoo(tmp_path, "train --algo mfpo --env h1-walk-v0 --gym-packages humanoid_bench", code=2)
+    last = output.strip().splitlines()[-1]
+    assert last.startswith("error: --gym-packages humanoid_bench: Tasks of HumanoidBench need it") and "--no-deps -e" in last
 
 
 @pytest.mark.parametrize("package, extra, task", [("rl_zoo3", "zoo", TASK), ("shimmy", "dmc", "dm_control/dog-run-v0")])

@@ -16,7 +16,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from sb3_mfpo.envs import NoRendererError, has_display, register_dm_control, register_robotics
+from sb3_mfpo.envs import (
+    INSTALL_HUMANOID_BENCH,
+    NoRendererError,
+    has_display,
+    register_dm_control,
+    register_humanoid_bench,
+    register_robotics,
+)
 
 COMMANDS = {
     "train": "rl_zoo3.train",
@@ -31,6 +38,8 @@ COMMANDS = {
 }
 # These load a model to act with it
 PLAYING = ("enjoy", "record-video", "push-to-hub")
+# Packages whose tasks need a correction
+REGISTER = {"gymnasium_robotics": register_robotics, "humanoid_bench": register_humanoid_bench}
 PLOTTING = ("plot-train", "plot-from-file", "all-plots")
 USAGE = f"""usage: python -m sb3_mfpo.zoo <command> [arguments]
 
@@ -154,11 +163,12 @@ def register_task(env_id: str, packages: list[str]) -> None:
 
     for package in packages:
         try:
-            importlib.import_module(package)
+            if package in REGISTER:
+                REGISTER[package]()
+            else:
+                importlib.import_module(package)
         except ImportError as error:
             raise UserError(f"--gym-packages {package}: {error}") from error
-    if "gymnasium_robotics" in packages:
-        register_robotics()
     if env_id.startswith("dm_control/") and env_id not in gym.registry:
         try:
             register_dm_control()
@@ -179,8 +189,8 @@ def check_task(env_id: str) -> None:
         return
     if env_id.startswith(("h1-", "h1hand-")):
         raise UserError(
-            f"{env_id} is a task of HumanoidBench, which is not on PyPI: install it from "
-            "https://github.com/carlosferrazza/humanoid-bench and add `--gym-packages humanoid_bench`"
+            f"{env_id} is a task of HumanoidBench, which is not on PyPI: {INSTALL_HUMANOID_BENCH}, and add "
+            "`--gym-packages humanoid_bench`"
         )
     close = difflib.get_close_matches(env_id, gym.registry, n=1)
     hint = f", did you mean {close[0]}?" if close else "; tasks of other packages need `--gym-packages`"
