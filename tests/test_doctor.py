@@ -1,9 +1,12 @@
 """The doctor: every problem it knows, and this installation."""
 
+import fnmatch
+import json
 import os
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -78,3 +81,68 @@ def test_it_runs_without_rl_zoo3(tmp_path) -> None:
     line = [sys.executable, "-m", "sb3_mfpo.zoo", "doctor"]
     run = subprocess.run(line, env=environment, capture_output=True, text=True)
     assert run.returncode in (0, 1) and "offscreen renderer" in run.stdout, run.stderr
+
+
+def test_tasks_of_other_packages_are_listed(capsys: pytest.CaptureFixture) -> None:
+    doctor.doctor()
+    output = capsys.readouterr().out
+    assert "works: gym_pusht/PushT-v0; --gym-packages gym_pusht" in output
+    assert "fails: Meta-World/*: requires mujoco 3.3.0" in output
+    suite = doctor.Suite("1.0", "one", works=("one-*",))
+    assert doctor.described("one", suite, None)[-1] == "    pip install -c constraints.txt one"
+    assert len(doctor.described("one", suite, "1.1")) == 2
+
+
+# What happens to each id that a module registers: "works", or the error
+TRY_EVERY_TASK = """
+import importlib, json, sys
+import gymnasium as gym
+import numpy as np
+
+module, kwargs = sys.argv[1], json.loads(sys.argv[2])
+before = set(gym.registry)
+importlib.import_module(module)
+results = {}
+for env_id in sorted(set(gym.registry) - before):
+    try:
+        env = gym.make(env_id, **kwargs)
+        assert isinstance(env.action_space, gym.spaces.Box), "discrete actions"
+        observation, _ = env.reset(seed=0)
+        assert env.observation_space.contains(observation)
+        for _ in range(3):
+            observation, reward, *_ = env.step(env.action_space.sample())
+            assert env.observation_space.contains(observation) and np.isfinite(reward)
+        env.close()
+        results[env_id] = "works"
+    except Exception as error:
+        results[env_id] = f"{type(error).__name__}: {error}"
+print(json.dumps(results))
+"""
+CONSTRAINTS = Path(__file__).parent.parent / "constraints.txt"
+# Meta-World has ids for groups of tasks, which take the name of one
+TASK_OF_GROUP = {"metaworld": dict(env_name="reach-v3", seed=0)}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", doctor.SUITES)
+def test_the_list_of_tasks_is_true(name: str, tmp_path: Path) -> None:
+    """Installed from PyPI beside our versions, in a folder of its own; every id does what the list says."""
+    suite = doctor.SUITES[name]
+    # pymunk needs the last two; nothing else may come along, such as another NumPy
+    needs = [*suite.needs, "cffi", "pycparser"] if suite.needs else []
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path), "-c", str(CONSTRAINTS)]
+    run = subprocess.run([*install, f"{name}=={suite.version}", *needs], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1", "MUJOCO_GL": find_renderer() or "egl"}
+    line = [sys.executable, "-c", TRY_EVERY_TASK, suite.module, json.dumps(TASK_OF_GROUP.get(name, {}))]
+    run = subprocess.run(line, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    results = json.loads(run.stdout.splitlines()[-1])
+    assert results
+    for env_id, result in results.items():
+        fails = any(fnmatch.fnmatchcase(env_id, pattern) for pattern in suite.fails)
+        listed = fails or any(fnmatch.fnmatchcase(env_id, pattern) for pattern in suite.works)
+        assert listed and (result != "works") == fails, f"{env_id}: {result}"
+    if name == "metaworld":
+        assert "could not broadcast" in results["Meta-World/MT1"]

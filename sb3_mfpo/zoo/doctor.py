@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 from importlib import metadata
@@ -20,9 +21,52 @@ PACKAGES = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """
+    Tasks of a package on PyPI, as they were tried with the versions of ``constraints.txt``. Ids are patterns of
+    :mod:`fnmatch`.
+
+    :param version: Of the package that was tried
+    :param module: Registers the tasks, with ``--gym-packages``
+    :param works: Ids that are made, reset and stepped, with actions that our algorithms take
+    :param fails: All other ids, with the reason
+    :param needs: Further packages, if the package must be installed without those that it requires
+    """
+
+    version: str
+    module: str
+    works: tuple[str, ...] = ()
+    fails: dict[str, str] = dataclasses.field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+
+
+# A test of `make nightly` tries every id
+SUITES = {
+    # It requires pygame, which pygame-ce stands for, and an older OpenCV with a window
+    "gym-pusht": Suite(
+        "0.1.8", "gym_pusht", works=("gym_pusht/PushT-v0",), needs=("pymunk<7", "shapely", "opencv-python-headless")
+    ),
+    "ogbench": Suite(
+        "1.2.2",
+        "ogbench",
+        works=(
+            *("pointmaze-*", "antmaze-*", "humanoidmaze-*", "antsoccer-*", "cube-*", "scene-*", "puzzle-*"),
+            *("visual-antmaze-*", "visual-humanoidmaze-*", "visual-cube-*", "visual-scene-*", "visual-puzzle-*"),
+        ),
+        fails={
+            "humanoidmaze-teleport-*": "a material is missing",
+            "visual-humanoidmaze-teleport-*": "a material is missing",
+            "powderworld-*": "discrete actions",
+        },
+    ),
+    "metaworld": Suite("3.1.1", "metaworld", fails={"Meta-World/*": "requires mujoco 3.3.0"}),
+}
+
+
 def doctor() -> int:
     """
-    Print versions, device and renderer, and every problem with its solution.
+    Print versions, device and renderer, what is known of other packages' tasks, and every problem with its solution.
 
     :return: The exit code: 1 if there are problems, else 0
     """
@@ -35,11 +79,14 @@ def doctor() -> int:
     print(f"threads             {th.get_num_threads()} of {available_cores()} cores")
     renderer = find_renderer() if versions["mujoco"] else None
     print(f"offscreen renderer  {renderer or 'none'}")
+    print("\nTasks of other packages, as tried with the versions of constraints.txt:")
+    for name, suite in SUITES.items():
+        print("\n".join(described(name, suite, installed_version(name))))
 
     problems = [
         *missing_packages(versions),
         *broken_requirements("sb3-mfpo"),
-        *broken_requirements("humanoid-bench"),
+        *broken_requirements("metaworld"),
         *incompatible_mujoco(versions["mujoco"], versions["dm_control"]),
         *unused_gpu(th.version.cuda is not None or th.version.hip is not None, Path("/proc/driver/nvidia/version").exists()),
         *unusable_renderer(versions["mujoco"] is not None, renderer, os.environ.get("MUJOCO_GL")),
@@ -47,6 +94,34 @@ def doctor() -> int:
     ]
     print("\nNo problems found." if not problems else "\n" + "\n".join(f"- {problem}" for problem in problems))
     return int(bool(problems))
+
+
+def described(name: str, suite: Suite, version: str | None) -> list[str]:
+    """
+    :param name: Name of a distribution
+    :param suite: Its tasks
+    :param version: Its installed version, None if it is not installed
+    :return: Lines that say what works
+    """
+    lines = [f"{name:19} {version or 'not installed'} ({suite.version} was tried)"]
+    if suite.works:
+        lines.append(f"    works: {', '.join(suite.works)}; --gym-packages {suite.module}")
+    lines += [f"    fails: {ids}: {reason}" for ids, reason in suite.fails.items()]
+    if suite.works and version is None:
+        lines.append(f"    {installation(name, suite)}")
+    return lines
+
+
+def installation(name: str, suite: Suite) -> str:
+    """
+    :param name: Name of a distribution
+    :param suite: Its tasks
+    :return: The command that installs it beside our versions
+    """
+    if not suite.needs:
+        return f"pip install -c constraints.txt {name}"
+    needs = " ".join(f'"{package}"' for package in suite.needs)
+    return f"pip install -c constraints.txt {needs} && pip install --no-deps {name}"
 
 
 def installed_version(name: str) -> str | None:
