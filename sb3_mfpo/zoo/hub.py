@@ -11,7 +11,6 @@ from typing import Any
 
 import huggingface_sb3
 import numpy as np
-import requests
 import yaml
 from huggingface_hub import repocard
 from huggingface_hub.errors import RemoteEntryNotFoundError
@@ -170,7 +169,9 @@ def load_from_hub(repo_id: str, filename: str) -> str:
     try:
         return original_load(repo_id, filename)
     except RemoteEntryNotFoundError as error:
-        raise requests.exceptions.HTTPError(str(error)) from error
+        from requests.exceptions import HTTPError
+
+        raise HTTPError(str(error)) from error
 
 
 def _row(way: dict[str, Any], candidates: int) -> str:
