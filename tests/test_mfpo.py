@@ -72,7 +72,7 @@ def test_temperature_learns_at_its_own_rate() -> None:
 
 @pytest.mark.parametrize(
     ("rate", "distance", "expected"),
-    [(4.0, 1.0, 4e-3), (4.0, 0.15, 1e-3), (4.0, -0.3, -2e-3), (4.0, -9.0, -4e-3), (None, 1.0, 1e-3), (None, -0.15, -1e-3)],
+    [(4.0, 0.15, 1e-3), (4.0, -0.3, -2e-3), (4.0, -9.0, -4e-3), (None, 1.0, 1e-3), (None, -0.15, -1e-3)],
 )
 def test_a_step_of_the_temperature(rate: float | None, distance: float, expected: float) -> None:
     """In two coordinates: its full length from 0.6 nats on, in proportion below; Adam's first step has one length."""
@@ -85,6 +85,23 @@ def test_a_step_of_the_temperature(rate: float | None, distance: float, expected
     entropy = trained(0.0).logger.name_to_value["train/entropy"]
     step = trained(entropy - distance).log_ent_coef.item() - math.log(0.1)
     assert step == pytest.approx(-expected, rel=1e-2)
+
+
+def test_the_temperature_falls_no_faster_than_the_estimate_can_follow() -> None:
+    """At an effective sample size of 1 not at all, from 2 on in full; it always rises in full."""
+    model = make_model(MFPO, target_entropy=0.0, ent_coef_rate=6.0)
+    for sample_size, entropy, expected in (
+        (1.0, 5.0, 0.0),
+        (1.3, 5.0, 0.3),
+        (1.3, 0.12, 0.2),
+        (2.0, 5.0, 1.0),
+        (7.0, 5.0, 1.0),
+        (1.0, -5.0, -1.0),
+        (1.0, -0.12, -0.2),
+    ):
+        loss = model._temperature_loss(th.tensor(entropy), th.tensor(sample_size), 2)
+        (step,) = th.autograd.grad(loss, model.log_ent_coef)
+        assert step.item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_local_proposals_follow_the_policy_where_actions_have_many_coordinates() -> None:

@@ -116,7 +116,8 @@ class MFPO(MeanFlowAlgorithm):
         follows; the divergence network's is taken where it is lower, and alone with 0, as in the paper.
     :param n_probes: Number N of Hutchinson probes of the divergence
     :param ent_coef_rate: By how many times ``learning_rate`` an update changes the logarithm of a learned temperature, where
-        the entropy is 0.3 nats per action coordinate or more from its target; in proportion where it is closer. ``None``
+        the entropy is 0.3 nats per action coordinate or more from its target; in proportion where it is closer, and downwards
+        also where the velocity estimate rests on fewer than two proposals (an effective sample size below 2). ``None``
         takes a step of Adam down SAC's loss, as in the paper: one length everywhere, so that the entropy swings.
     :param actor_tau: Soft update coefficient in (0, 1] of the target actor, which acts; 1 makes it the actor itself, as in the
         paper
@@ -388,7 +389,8 @@ class MFPO(MeanFlowAlgorithm):
 
         # Temperature: it rises when the entropy is below its target (Eq. 30)
         if self.ent_coef_optimizer is not None:
-            loss = self._temperature_loss(metrics["entropy"], actions.shape[-1])
+            sample_size = th.stack([size for name, size in velocity_metrics.items() if name.startswith("ess_")]).amax()
+            loss = self._temperature_loss(metrics["entropy"], sample_size, actions.shape[-1])
             metrics["ent_coef_loss"] = self._descend("ent_coef_loss", loss, self.ent_coef_optimizer)
         return metrics
 
@@ -432,18 +434,22 @@ class MFPO(MeanFlowAlgorithm):
         errors = self._regression_errors(network, features, noisy_actions, draws.divergence, velocity, divergence)
         return errors.square().mean()
 
-    def _temperature_loss(self, entropy: th.Tensor, d: int) -> th.Tensor:
+    def _temperature_loss(self, entropy: th.Tensor, sample_size: th.Tensor, d: int) -> th.Tensor:
         """
         :param entropy: Of the policy in nats, a scalar
+        :param sample_size: Mean effective sample size of the velocity estimate, at least 1, a scalar
         :param d: Number of action coordinates
         :return: A scalar: SAC's loss (Eq. 30) for Adam; or one whose gradient is the distance from the target in bands of
-            ``ENTROPY_BAND`` nats per coordinate, at most 1, for plain steps
+            ``ENTROPY_BAND`` nats per coordinate, at most 1, and downwards at most ``sample_size - 1``, for plain steps
         """
         assert self.log_ent_coef is not None
         excess = entropy - float(self.target_entropy)
         if self.ent_coef_rate is None:
             return (self.log_ent_coef.exp() * excess).mean()
-        return (self.log_ent_coef * (excess / (ENTROPY_BAND * d)).clamp(-1, 1)).mean()
+        # Where one proposal has all the weight, a lower temperature makes the policy no sharper; it only falls too far, until
+        # the policy follows the critics' errors
+        step = (excess / (ENTROPY_BAND * d)).clamp(-1, 1).minimum(sample_size - 1)
+        return (self.log_ent_coef * step).mean()
 
     def _temperature(self) -> th.Tensor:
         if self.log_ent_coef is None:
