@@ -68,11 +68,11 @@ class Critic(BaseModel):
     @th.no_grad()
     def rescale(self, scale: float, factor: float) -> None:
         """
-        Change the unit of what the networks learn. The values that they have learned stay what they are in units of return;
-        otherwise every value would rise with the scale, and be believed where a backup rests on other values alone.
+        Change the unit of what the networks learn.
 
         :param scale: In units of return, above 0
-        :param factor: By which a unit that values were learned in has changed; 1 if there was none
+        :param factor: By which the unit has changed, for values that stay what they are in units of return; 1 for values that
+            change in proportion
         """
         self.scale.fill_(scale)
         if factor != 1:

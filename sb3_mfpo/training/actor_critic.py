@@ -289,7 +289,8 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
         if self.return_scale is not None:
             factor = self.return_scale.follow()
             for critic in (self.critic, self.critic_target):
-                critic.rescale(self.return_scale.unit or 1.0, factor)
+                # Where life can end, values do not rise because some returns do; where it cannot, it is a good guess
+                critic.rescale(self.return_scale.unit or 1.0, factor if self._found_termination else 1.0)
             self.logger.record("train/return_scale", self.return_scale.value)
 
         totals: defaultdict[str, float] = defaultdict(float)
