@@ -111,6 +111,7 @@ def test_a_run_that_fails_is_reported_and_tried_again(tmp_path: Path, capsys: py
     assert set(pd.read_csv(tmp_path / "results.csv")["algorithm"]) == {"SAC", "broken"}
 
 
+@pytest.mark.nightly
 def test_two_nodes_of_a_ray_cluster_share_the_runs(tmp_path: Path) -> None:
     # A run needs a processor, of which each node has one, and half of a GPU
     path = write_suite(tmp_path, seeds=[0, 1], steps=400)
@@ -401,6 +402,7 @@ def test_the_study_of_proposals_knows_the_truth(t: float) -> None:
         assert min(kstest(column, "uniform").pvalue for column in ranks.T) > 1e-3
 
 
+@pytest.mark.nightly
 def test_the_study_of_proposals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output, image = tmp_path / "out.csv", tmp_path / "out.png"
     monkeypatch.setattr(proposals, "TIMES", (0.4, 0.95))

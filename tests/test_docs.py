@@ -49,6 +49,19 @@ def test_the_lines_of_a_page(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
     gym.registry.pop("Walk-v0", None)
 
 
+@pytest.mark.nightly
+def test_the_numbers_of_the_readme() -> None:
+    """As printed there, or by another processor's rounding near it."""
+    text = (ROOT / "README.md").read_text()
+    printed = re.search(r"a mean of about (-\d+), with a standard deviation of (\d+)", text)
+    assert printed is not None
+    (code,) = snippets(ROOT / "README.md")
+    names: dict[str, Any] = {}
+    exec(code[: code.index("print(")], names)
+    mean, _ = names["evaluate_policy"](names["model"], names["model"].get_env(), n_eval_episodes=20)
+    assert abs(mean - float(printed[1])) < 2 * float(printed[2])
+
+
 def test_som_takes_the_place_of_mfpo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (code,) = snippets(ROOT / "README.md")
