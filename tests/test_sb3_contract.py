@@ -46,7 +46,7 @@ OPTIMIZERS: dict[Algorithm, set[str]] = {
     SOM: {"actor.optimizer", "critic.optimizer"},
 }
 METRICS_OF_ALL = {
-    *("actor_loss", "critic_loss", "q_value", "ess_gaussian", "clipped_target_mass"),
+    *("actor_loss", "critic_loss", "q_value", "ess_gaussian", "clipped_target_mass", "terminated"),
     *("updates_per_step", "n_updates", "learning_rate", "return_scale"),
 }
 METRICS: dict[Algorithm, set[str]] = {
