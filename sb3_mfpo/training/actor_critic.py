@@ -289,7 +289,7 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
         if self.return_scale is not None:
             factor = self.return_scale.follow()
             for critic in (self.critic, self.critic_target):
-                # Where life can end, values do not rise because some returns do; where it cannot, it is a good guess
+                # Some returns rise. That all values do is a good guess only where episodes do not terminate.
                 critic.rescale(self.return_scale.unit or 1.0, factor if self._found_termination else 1.0)
             self.logger.record("train/return_scale", self.return_scale.value)
 
@@ -309,7 +309,7 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
         self._log({name: total / counts[name] for name, total in totals.items()}, gradient_steps)
 
     def _set_critic_reduction(self) -> None:
-        # Where life can end, too high a value keeps being believed; where it cannot, the minimum only slows learning
+        # Values run away where episodes can terminate; where they cannot, the minimum only slows learning
         auto = "min" if self._found_termination else "mean"
         self.policy.critic_reduction = auto if self.critic_reduction == "auto" else self.critic_reduction
 
