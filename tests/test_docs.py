@@ -39,7 +39,7 @@ def test_the_lines_of_a_page(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     # What some pages take as given
     names: dict[str, Any] = {"gymnasium": gym, "obs_tensor": th.randn(5, 3)}
-    if page.name == "mfpo.md":
+    if page.name in ("mfpo.md", "multimodality.md"):
         names["model"] = MFPO("MlpPolicy", RandomEnv(), buffer_size=10)
     for code in snippets(page):
         exec(shortened(code), names)
