@@ -125,6 +125,7 @@ def test_record_video(runs: Path) -> None:
 
 
 @needs_renderer
+@pytest.mark.nightly
 def test_record_training(runs: Path) -> None:
     zoo(runs, f"record-training --algo mfpo --env {TASK} --exp-id 1 -f logs -n 20")
     video = runs / "logs" / "mfpo" / f"{TASK}_1" / "videos" / "training.mp4"
@@ -218,6 +219,7 @@ def test_plots(runs: Path, tmp_path: Path) -> None:
     assert is_png(tmp_path / "curves.png")
 
 
+@pytest.mark.nightly
 def test_two_processes_work_on_one_study(tmp_path: Path) -> None:
     """A journal file; then a run takes the hyperparameters of one of the trials."""
     study = "--storage study/reacher.log --study-name reacher"
