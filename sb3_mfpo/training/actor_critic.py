@@ -304,7 +304,8 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
                     totals[name] += value
                     counts[name] += 1
                 history = []
-                self._found_termination |= totals["terminated"] > 0
+                # A step of a subclass need not tell
+                self._found_termination |= totals.get("terminated", 0.0) > 0
                 self._set_critic_reduction()
         self._log({name: total / counts[name] for name, total in totals.items()}, gradient_steps)
 
