@@ -13,6 +13,7 @@ LONG = (
     "test_zoo",
     "test_examples",
     "test_benchmarks",
+    "test_gpu",
     "test_acceleration",
     "test_exact_resume",
     "test_learning",
@@ -26,6 +27,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.stem in LONG:
             item.add_marker("long")
+        if item.get_closest_marker("cuda") and not th.cuda.is_available():
+            item.add_marker(pytest.mark.skip("needs a CUDA device"))
 
 
 @pytest.fixture(params=ALGORITHMS, ids=lambda algorithm: algorithm.__name__)

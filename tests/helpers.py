@@ -6,6 +6,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import pytest
 import torch as th
 from gymnasium import spaces
 
@@ -14,6 +15,7 @@ from sb3_mfpo.training.mean_flow import MeanFlowAlgorithm
 
 Algorithm = type[MeanFlowAlgorithm]
 ALGORITHMS: list[Algorithm] = [MFPO, SOM]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 # Small networks and few samples: the shapes of everything stay different from each other.
 SMALL_POLICY: dict[str, Any] = dict(

@@ -14,10 +14,7 @@ from speed import CountOperators, path_of_a_gpu
 from sb3_mfpo import MFPO, SOM
 from sb3_mfpo.nets import layers
 from sb3_mfpo.training.mean_flow import MeanFlowAlgorithm
-from tests.helpers import ALGORITHMS, SMALL, SMALL_POLICY, Algorithm, RandomEnv, make_model
-
-needs_cuda = pytest.mark.skipif(not th.cuda.is_available(), reason="needs a CUDA device")
-DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
+from tests.helpers import ALGORITHMS, DEVICES, SMALL, SMALL_POLICY, Algorithm, RandomEnv, make_model
 
 
 def weights(model: MeanFlowAlgorithm) -> th.Tensor:

@@ -38,9 +38,8 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from sb3_mfpo import MFPO, SOM
 from sb3_mfpo.training.mean_flow import MeanFlowAlgorithm
-from tests.helpers import SMALL, SMALL_POLICY, Algorithm, RandomEnv, assert_equal, make_model
+from tests.helpers import DEVICES, SMALL, SMALL_POLICY, Algorithm, RandomEnv, assert_equal, make_model
 
-DEVICES = ["cpu", *(["cuda"] if th.cuda.is_available() else [])]
 OPTIMIZERS: dict[Algorithm, set[str]] = {
     MFPO: {"actor.optimizer", "critic.optimizer", "divergence.optimizer", "ent_coef_optimizer"},
     SOM: {"actor.optimizer", "critic.optimizer"},
