@@ -6,14 +6,18 @@ import platform
 from importlib.metadata import version
 from pathlib import Path
 
-PACKAGES = ("torch", "stable-baselines3", "sb3-contrib", "sb3-mfpo", "gymnasium", "mujoco", "numpy")
+from sb3_mfpo import __version__
+
+PACKAGES = ("torch", "stable-baselines3", "sb3-contrib", "gymnasium", "mujoco", "numpy")
 
 
 def versions() -> dict[str, str]:
     """
     :return: Of Python and of the packages that results depend on
     """
-    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    # The one that is imported, which need not be installed
+    ours = {"sb3-mfpo": __version__}
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES} | ours
 
 
 def processor() -> str:

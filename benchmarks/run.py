@@ -1,8 +1,8 @@
 """
 Do the runs of a suite that are not in its results yet, by the zoo's ``train``, and append them as they end.
 
-The same command continues an interrupted suite: finished runs are in the CSV file, and MFPO and SOM resume from their last
-checkpoint. With ``--ray-address`` the runs are tasks of a Ray cluster.
+The same command continues an interrupted suite: finished runs are in the CSV file, the others resume from their last
+checkpoint. With ``--minutes`` it stops when they are over. With ``--ray-address`` the runs are tasks of a Ray cluster.
 
     python benchmarks/run.py benchmarks/suites/defaults.yml --workers 2
     python benchmarks/run.py benchmarks/suites/gpu.yml --ray-address auto --device cuda --gpus-per-run 0.1
@@ -11,10 +11,12 @@ checkpoint. With ``--ray-address`` the runs are tasks of a Ray cluster.
 from __future__ import annotations
 
 import argparse
+import math
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -40,7 +42,11 @@ def commit() -> str:
     root = Path(__file__).parent.parent
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True).stdout.strip()
+        try:
+            return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True).stdout.strip()
+        except FileNotFoundError:
+            # No git
+            return ""
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "sb3_mfpo", "benchmarks/*.py")
     return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+changes" if changed else "")
@@ -73,6 +79,14 @@ def steps_so_far(run: Run, folder: Path) -> int:
     """
     path = folder_of(run, folder) / "evaluations.csv"
     return int(pd.read_csv(path)["step"].iloc[-1]) if path.exists() else 0
+
+
+def is_over(until: float) -> bool:
+    """
+    :param until: By ``time.monotonic``
+    :return: Whether no run may go on
+    """
+    return time.monotonic() >= until
 
 
 @contextmanager
@@ -123,21 +137,31 @@ def run_suite(options: argparse.Namespace) -> int:
     # The mean speed since the start: runs differ too much for the latest one's
     bar.smoothing = 0
     failed = 0
-    with (ray_workers if options.ray_address else local_workers)(options) as submit:
-        pending = {submit(run): run for run in left}
-        while pending:
-            ended, _ = wait(pending, timeout=INTERVAL)
-            for future in ended:
-                pending.pop(future)
-                try:
-                    append(future.result().assign(commit=now), output)
-                except RuntimeError as error:
-                    failed += 1
-                    tqdm.write(str(error), file=sys.stderr)
-            begun = sum(steps_so_far(run, options.folder) for run in pending.values())
-            bar.n = bar.total - sum(run.steps for run in pending.values()) + begun
-            bar.set_postfix_str(f"{len(runs) - len(pending) - failed} of {len(runs)} runs")
+    until = math.inf if options.minutes is None else time.monotonic() + 60 * options.minutes
+    pending: dict[Any, Run] = {}
+    try:
+        with (ray_workers if options.ray_address else local_workers)(options) as submit:
+            pending.update({submit(run): run for run in left})
+            while pending and not is_over(until):
+                ended, _ = wait(pending, timeout=INTERVAL)
+                for future in ended:
+                    pending.pop(future)
+                    try:
+                        append(future.result().assign(commit=now), output)
+                    except RuntimeError as error:
+                        failed += 1
+                        tqdm.write(str(error), file=sys.stderr)
+                begun = sum(steps_so_far(run, options.folder) for run in pending.values())
+                bar.n = bar.total - sum(run.steps for run in pending.values()) + begun
+                bar.set_postfix_str(f"{len(runs) - len(pending) - failed} of {len(runs)} runs")
+    finally:
+        # A run may have come to its end while it was to be stopped: its checkpoints are gone
+        for future in pending:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                append(future.result().assign(commit=now), output)
     bar.close()
+    if pending:
+        print(f"The {options.minutes:g} minutes are over: the same command does what is missing.")
     print(f"{len(finished(output))} runs in {output}" + (f", {failed} have failed" if failed else ""))
     return failed
 
@@ -149,9 +173,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, help="for logs, checkpoints and models (default: runs/<suite>)")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time on this machine (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="of every run (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, help="stop then; runs write checkpoints, which takes longer (default: never)")
     parser.add_argument("--ray-address", help="of a Ray cluster that does the runs instead, such as `auto`")
     parser.add_argument("--gpus-per-run", type=float, default=0, help="share of a GPU, with Ray (default: %(default)s)")
     options = parser.parse_args(arguments)
+    if options.minutes is not None and not options.minutes > 0:
+        parser.error(f"`--minutes` must be above 0, not {options.minutes:g}; without it there is no limit")
     # As Ctrl-C: the runs write checkpoints
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -41,7 +41,7 @@ import pandas as pd
 import torch as th
 import yaml
 from machine import processor, versions
-from peers import PEERS
+from peers import PEERS, RESUMABLE
 
 from sb3_mfpo.runs.checkpoint import checkpoints
 from sb3_mfpo.zoo.registration import ALGORITHMS, hyperparameter_file
@@ -182,13 +182,14 @@ def command_of(run: Run, folder: Path, device: str) -> list[str]:
     evaluation = {"task": run.task, "every": run.every, "episodes": run.episodes, "seed": run.seed}
     callbacks: list[dict[str, Any]] = [*run.params.get("callback", [])]
     callbacks.append({"evaluation.Evaluation": evaluation | {"path": str(folder / "evaluations.csv")}})
-    command = [sys.executable, "-m", "peers" if run.algo in PEERS else "sb3_mfpo.zoo", "train"]
+    module = "peers" if run.algo in (*PEERS, *RESUMABLE) else "sb3_mfpo.zoo"
+    command = [sys.executable, "-m", module, "train"]
     command += ["--algo", run.algo, "--env", run.task, "--seed", str(run.seed)]
     command += ["-n", str(run.steps), "--eval-freq", "-1", "-f", str(folder), "--num-threads", "1", "--verbose", "0"]
     command += ["--device", device]
     if run.algo in PEERS:
         command += ["--conf-file", "peers.frame"]
-    if run.algo in (*ALGORITHMS, *PEERS):
+    if run.algo in (*ALGORITHMS, *PEERS, *RESUMABLE):
         saving = {"save_freq": run.every, "save_path": str(folder)}
         callbacks.append({"sb3_mfpo.RunCheckpointCallback": saving})
         for checkpoint in checkpoints(folder, "run")[:1]:

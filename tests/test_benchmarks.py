@@ -25,11 +25,11 @@ import suite as suites
 import torch as th
 import variants
 import yaml
-from peers import PEERS
+from peers import PEERS, RESUMABLE
 from ray.cluster_utils import Cluster
 from scipy.stats import kstest, trim_mean, truncnorm
 
-from sb3_mfpo import MFPO
+from sb3_mfpo import MFPO, RunCheckpointCallback
 from sb3_mfpo.training.return_scale import ReturnScale
 from sb3_mfpo.zoo.registration import ALGORITHMS, hyperparameter_file
 from tests.helpers import RandomEnv, make_model
@@ -79,16 +79,26 @@ def test_a_suite_from_start_to_report(tmp_path: Path) -> None:
         assert (tmp_path / f"smoke_{name}.png").stat().st_size > 20_000
 
 
-def test_an_interrupted_suite_resumes_from_the_checkpoint(tmp_path: Path) -> None:
-    path = write_suite(tmp_path, steps=1000)
-    command = [sys.executable, str(BENCHMARKS / "run.py"), *arguments(tmp_path, path)]
+@pytest.mark.parametrize(("algo", "by"), [("mfpo", "a signal"), ("sac", "its minutes")])
+def test_an_interrupted_suite_resumes_from_the_checkpoint(
+    algo: str, by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_suite(tmp_path, steps=1000, algorithms={"one": {"algo": algo}})
     folder = suites.folder_of(suites.runs_of(suites.read_suite(path))[0], tmp_path / "runs")
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
-    while not (folder / "evaluations.csv").exists():
-        assert process.poll() is None
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait() != 0 and not (tmp_path / "results.csv").exists()
+    if by == "a signal":
+        command = [sys.executable, str(BENCHMARKS / "run.py"), *arguments(tmp_path, path)]
+        process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+        while not (folder / "evaluations.csv").exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() != 0
+    else:
+        monkeypatch.setattr(run, "is_over", lambda until: until < np.inf and (folder / "evaluations.csv").exists())
+        monkeypatch.setattr(run, "INTERVAL", 0.1)
+        assert run.main([*arguments(tmp_path, path), "--minutes", "60"]) == 0
+        assert "The 60 minutes are over: the same command does what is missing." in capsys.readouterr().out
+    assert not (tmp_path / "results.csv").exists()
     newest = max(int(path.stem.split("_")[1]) for path in folder.glob("run_*_steps.zip"))
     assert 500 <= newest < 1000
 
@@ -97,6 +107,30 @@ def test_an_interrupted_suite_resumes_from_the_checkpoint(tmp_path: Path) -> Non
     assert list(rows["step"]) == [500, 500, 1000, 1000] and rows["seconds"].is_monotonic_increasing
     assert "Loading pretrained agent" in (folder / "log.txt").read_text()
     assert not list(folder.glob("run_*_steps.zip")), "checkpoints of a finished run"
+    # The episodes before the interruption are there, too
+    newest_monitor = max(folder.rglob("*.monitor.csv"), key=lambda path: path.stat().st_mtime)
+    assert pd.read_csv(newest_monitor, comment="#")["l"].sum() == 1000
+
+
+@pytest.mark.parametrize("name", RESUMABLE)
+def test_a_resumed_run_of_another_algorithm_is_the_uninterrupted_one(name: str, tmp_path: Path) -> None:
+    def begin() -> Any:
+        return RESUMABLE[name](
+            "MlpPolicy", RandomEnv(), seed=0, learning_starts=10, buffer_size=100, batch_size=8, device="cpu"
+        )
+
+    whole = begin().learn(60)
+    begin().learn(40, callback=RunCheckpointCallback(40, tmp_path))
+    resumed = RESUMABLE[name].resume(tmp_path, RandomEnv(), device="cpu").learn(60)
+    assert (resumed.num_timesteps, resumed._n_updates) == (60, whole._n_updates)
+    for one, other in zip(resumed.policy.state_dict().values(), whole.policy.state_dict().values(), strict=True):
+        assert th.equal(one, other)
+
+
+def test_time_that_is_over_before_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run.main([*arguments(tmp_path, write_suite(tmp_path)), "--minutes", "0"])
+    assert "`--minutes` must be above 0, not 0; without it there is no limit" in capsys.readouterr().err
 
 
 def test_a_run_that_fails_is_reported_and_tried_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,8 +8,9 @@ from .common import Peer
 from .dacer import DACER
 from .dime import DIME
 from .maxentdp import MaxEntDP
+from .resumable import RESUMABLE
 
 # By their names in suites and on the zoo's command line
 PEERS: dict[str, type[Peer]] = {"dime": DIME, "maxentdp": MaxEntDP, "dacer": DACER}
 
-__all__ = ["DACER", "DIME", "PEERS", "MaxEntDP"]
+__all__ = ["DACER", "DIME", "PEERS", "RESUMABLE", "MaxEntDP"]

@@ -1,5 +1,6 @@
 """
-The zoo's command line with the peers added, for a shell in ``benchmarks/``:
+The zoo's command line with the peers, and with SAC and its like as algorithms that resume runs, for a shell in
+``benchmarks/``:
 
     python -m peers train --algo dime --env Pendulum-v1 --conf-file peers.frame
 """
@@ -10,7 +11,7 @@ from rl_zoo3 import utils
 
 from sb3_mfpo.zoo.__main__ import main
 
-from . import PEERS
+from . import PEERS, RESUMABLE
 
-utils.ALGOS.update(PEERS)
+utils.ALGOS.update({**PEERS, **RESUMABLE})
 main()
