@@ -24,13 +24,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import gymnasium as gym
 import numpy as np
-import onnxruntime
 import torch as th
 from gymnasium import spaces
 from machine import processor, versions
@@ -62,6 +62,19 @@ PARTS = {
     "backward and optimizers": ("", "_descend"),
     "targets": ("", "_update_target"),
 }
+Kind = tuple[type[OffPolicyAlgorithm], dict[str, Any]]
+KINDS: dict[str, Kind] = {
+    "SAC": (SAC, {}),
+    "TD3": (TD3, {}),
+    "TQC": (TQC, {}),
+    "MFPO": (MFPO, {}),
+    "MFPO, paper": (MFPO, MFPO.PAPER),
+    "MFPO, plain": (PlainMFPO, MFPO.PAPER),
+    "SOM": (SOM, {}),
+}
+COMPILED: dict[str, Kind] = {"MFPO, compiled": (MFPO, dict(compile_step=True))}
+# Batches of observations to act on, and how often one is repeated
+BATCHES = {1: 20, 16: 5, 256: 1}
 Rows = dict[str, dict[str, float]]
 
 
@@ -80,19 +93,8 @@ class RandomTask(gym.Env):
         return self.observation_space.sample(), 0.0, False, False, {}
 
 
-def make_models(env: Callable[[], gym.Env], width: int, device: str, quick: bool) -> dict[str, OffPolicyAlgorithm]:
-    """Every algorithm, its buffer filled with 300 random steps; compiling, which takes minutes, is not quick."""
-    kinds: dict[str, tuple[type[OffPolicyAlgorithm], dict[str, Any]]] = {
-        "SAC": (SAC, {}),
-        "TD3": (TD3, {}),
-        "TQC": (TQC, {}),
-        "MFPO": (MFPO, {}),
-        "MFPO, paper": (MFPO, MFPO.PAPER),
-        "MFPO, plain": (PlainMFPO, MFPO.PAPER),
-        "SOM": (SOM, {}),
-    }
-    if not quick:
-        kinds["MFPO, compiled"] = (MFPO, dict(compile_step=True))
+def make_models(env: Callable[[], gym.Env], width: int, device: str, kinds: Mapping[str, Kind]) -> dict[str, Any]:
+    """A model of each kind, its buffer filled with 300 random steps."""
     common = dict(learning_starts=300, buffer_size=10_000, batch_size=BATCH_SIZE, device=device)
     models = {
         name: algorithm(
@@ -146,14 +148,18 @@ def compare(
     return results
 
 
-def gradient_steps(models: dict[str, OffPolicyAlgorithm], rounds: int, device: str) -> Rows:
+def gradient_steps(
+    models: dict[str, Any], rounds: int, device: str, references: tuple[str, ...], batch_size: int = BATCH_SIZE
+) -> Rows:
     """``STEPS`` at a time: MFPO and SOM update their policies at every fourth one, TD3 at every second."""
-    functions = {name: partial(model.train, gradient_steps=STEPS, batch_size=BATCH_SIZE) for name, model in models.items()}
-    return compare(functions, rounds, ("SAC", "MFPO", "MFPO, plain"), device)
+    functions = {name: partial(model.train, gradient_steps=STEPS, batch_size=batch_size) for name, model in models.items()}
+    return compare(functions, rounds, references, device)
 
 
 def exported(model: Any) -> Callable[[np.ndarray], Any]:
     """Deterministic actions of an ONNX file in onnxruntime, on the CPU with as many threads as PyTorch."""
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = th.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
@@ -162,28 +168,34 @@ def exported(model: Any) -> Callable[[np.ndarray], Any]:
     return lambda observation: session.run(["action"], {"observation": np.atleast_2d(observation)})
 
 
-def actions(models: dict[str, OffPolicyAlgorithm], rounds: int) -> dict[str, Rows]:
+def actions(
+    models: dict[str, Any],
+    rounds: int,
+    names: tuple[str, ...] = ("SAC", "TD3", "TQC", "MFPO", "SOM"),
+    from_files: tuple[str, ...] = ("MFPO", "SOM"),
+    batches: Mapping[int, int] = BATCHES,
+) -> dict[str, Rows]:
     """
-    ``predict``, and the same from a file, for a single observation and for batches, wall time: the action comes back to the
-    CPU in any case.
+    ``predict``, and of some models the same from a file, for a single observation and for batches, wall time: the action
+    comes back to the CPU in any case.
     """
     space, results = models["SAC"].observation_space, {}
-    from_files = {name: exported(models[name]) for name in ("MFPO", "SOM")}
-    for batch, repeats in ((1, 20), (16, 5), (256, 1)):
+    files = {name: exported(models[name]) for name in from_files}
+    for batch, repeats in batches.items():
         observation = space.sample() if batch == 1 else np.stack([space.sample() for _ in range(batch)])
         functions = {
             f"{name}, {kind}": partial(models[name].predict, observation, deterministic=kind == "deterministic")
-            for name in ("SAC", "TD3", "TQC", "MFPO", "SOM")
+            for name in names
             for kind in ("stochastic", "deterministic")
         }
-        functions |= {f"{name}, exported": partial(act, observation) for name, act in from_files.items()}
+        functions |= {f"{name}, exported": partial(act, observation) for name, act in files.items()}
         results[f"action, batch of {batch}"] = compare(functions, 2 * rounds, ("SAC, stochastic",), "cpu", repeats)
     return results
 
 
-def whole_loop(env_id: str, width: int, steps: int, rounds: int, device: str, quick: bool) -> Rows:
+def whole_loop(env_id: str, width: int, steps: int, rounds: int, device: str, kinds: Mapping[str, Kind]) -> Rows:
     """Environment steps with one gradient step each, per second of ``learn``."""
-    models = make_models(lambda: gym.make(env_id), width, device, quick)
+    models = make_models(lambda: gym.make(env_id), width, device, kinds)
     functions = {name: partial(model.learn, steps, reset_num_timesteps=False) for name, model in models.items()}
     rows = compare(functions, rounds, ("SAC",), device)
     return {name: row | {"steps per second": 1e3 * steps / row["milliseconds"]} for name, row in rows.items()}
@@ -309,6 +321,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(arguments)
     th.set_num_threads(options.threads)
     tasks, rounds, width, loop_steps = options.tasks, options.rounds, 256, 20
+    # Compiling takes minutes
+    kinds = KINDS if options.quick else KINDS | COMPILED
     if options.quick:
         tasks, rounds, width, loop_steps = tasks[:1], 1, 16, 5
     # The paper's range does not fit the random tasks
@@ -316,7 +330,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
     results: dict[str, Any] = {
         "command": " ".join(["python", "benchmarks/speed.py", *(sys.argv[1:] if arguments is None else arguments)]),
-        "versions": versions() | {"onnxruntime": onnxruntime.__version__},
+        "versions": versions() | {"onnxruntime": version("onnxruntime")},
         "hardware": hardware(),
         "threads": options.threads,
         "rounds": rounds,
@@ -324,13 +338,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     }
     print(json.dumps({key: results[key] for key in ("command", "versions", "hardware")}, indent=2))
     for task in tasks:
-        models = make_models(partial(RandomTask, *TASKS[task]), width, options.device, options.quick)
-        part: dict[str, Any] = {f"{STEPS} gradient steps": gradient_steps(models, rounds, options.device)}
+        models = make_models(partial(RandomTask, *TASKS[task]), width, options.device, kinds)
+        references = ("SAC", "MFPO", "MFPO, plain")
+        part: dict[str, Any] = {f"{STEPS} gradient steps": gradient_steps(models, rounds, options.device, references)}
         part |= actions(models, rounds)
         for title, rows in part.items():
             print_rows(f"{task}: {title}", rows)
         part["operators"] = operators(models)
-        part["profile"] = profile(models["MFPO"], rounds)  # type: ignore[arg-type]
+        part["profile"] = profile(models["MFPO"], rounds)
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             part["peak memory in MB"] = pool.apply(peak_memory, (task, width, options.device, options.threads))
         print(f"\n{task}: operators {part['operators']}; peak memory of the first {STEPS} {part['peak memory in MB']} MB")
@@ -338,7 +353,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             print(f"{name:32} {share:6.1%}")
         results["tasks"][task] = part
     results["whole loop, HalfCheetah-v5"] = whole_loop(
-        "HalfCheetah-v5", width, loop_steps, max(1, rounds // 5), options.device, options.quick
+        "HalfCheetah-v5", width, loop_steps, max(1, rounds // 5), options.device, kinds
     )
     print_rows("whole loop, HalfCheetah-v5", results["whole loop, HalfCheetah-v5"])
     for name, row in results["whole loop, HalfCheetah-v5"].items():
