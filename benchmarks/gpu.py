@@ -279,7 +279,8 @@ def run_speed(options: argparse.Namespace, until: float) -> int:
     :return: How many have failed
     """
     results = results_of("speed", options)
-    rows, errors = results.rows(), {}
+    rows = results.rows()
+    errors: dict[str, str] = {}
     measured = set(rows[KEY].itertuples(index=False, name=None)) if len(rows) else set()
     left = [what for what in measurements(options.quick) if not what.keys <= measured]
     if not left:
