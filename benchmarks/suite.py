@@ -26,6 +26,7 @@ the algorithm on the task. ``policy_kwargs`` are merged, everything else is repl
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -199,7 +200,7 @@ def command_of(run: Run, folder: Path, device: str) -> list[str]:
 
 def train(run: Run, folder: Path, device: str = "cpu", stop: threading.Event | None = None) -> pd.DataFrame:
     """
-    Do a run to its end, in a process of its own.
+    Do a run to its end, in a process of its own. One that was begun with other hyperparameters begins anew.
 
     :param run: The run
     :param folder: Of the suite's runs; the run's folder in it keeps the model and, until the end, checkpoints
@@ -210,6 +211,12 @@ def train(run: Run, folder: Path, device: str = "cpu", stop: threading.Event | N
     """
     folder = folder_of(run, folder.absolute())
     folder.mkdir(parents=True, exist_ok=True)
+    # Checkpoints hold the hyperparameters that they were begun with
+    given, params = folder / "params.json", json.dumps(run.params, sort_keys=True)
+    if given.exists() and given.read_text() != params:
+        for checkpoint in checkpoints(folder, "run"):
+            checkpoint.unlink()
+    given.write_text(params)
     paths = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
     log = folder / "log.txt"
     with log.open("a") as output:
