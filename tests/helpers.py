@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+import yaml
 from gymnasium import spaces
 
 from sb3_mfpo import MFPO, SOM
@@ -101,3 +103,21 @@ def assert_equal(first: Any, second: Any) -> None:
         assert np.array_equal(first, second)
     else:
         assert first == second
+
+
+# Of the benchmarks
+TINY_SUITE: dict[str, Any] = {
+    "steps": 200,
+    "evaluations": 2,
+    "episodes": 1,
+    "seeds": [0],
+    "params": {"learning_starts": 50, "batch_size": 16, "policy_kwargs": {"net_arch": [8]}},
+    "tasks": {"Pendulum-v1": {"score": [-1230, -150]}},
+    "algorithms": {"MFPO": {"algo": "mfpo"}},
+}
+
+
+def write_suite(folder: Path, **changes: Any) -> Path:
+    path = folder / "tiny.yml"
+    path.write_text(yaml.safe_dump(TINY_SUITE | changes))
+    return path

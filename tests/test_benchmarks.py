@@ -32,25 +32,10 @@ from scipy.stats import kstest, trim_mean, truncnorm
 from sb3_mfpo import MFPO, RunCheckpointCallback
 from sb3_mfpo.training.return_scale import ReturnScale
 from sb3_mfpo.zoo.registration import ALGORITHMS, hyperparameter_file
-from tests.helpers import RandomEnv, make_model
+from tests.helpers import TINY_SUITE, RandomEnv, make_model, write_suite
 
 BENCHMARKS = Path(run.__file__).parent
 SUITES = sorted((BENCHMARKS / "suites").glob("*.yml"))
-TINY: dict[str, Any] = {
-    "steps": 200,
-    "evaluations": 2,
-    "episodes": 1,
-    "seeds": [0],
-    "params": {"learning_starts": 50, "batch_size": 16, "policy_kwargs": {"net_arch": [8]}},
-    "tasks": {"Pendulum-v1": {"score": [-1230, -150]}},
-    "algorithms": {"MFPO": {"algo": "mfpo"}},
-}
-
-
-def write_suite(folder: Path, **changes: Any) -> Path:
-    path = folder / "tiny.yml"
-    path.write_text(yaml.safe_dump(TINY | changes))
-    return path
 
 
 def arguments(folder: Path, path: Path) -> list[str]:
@@ -261,7 +246,7 @@ def test_aggregates_match_their_definitions(tmp_path: Path) -> None:
     returns = {"A": generator.uniform(0, 1000, (8, 3)).tolist(), "B": generator.uniform(500, 1500, (8, 3)).tolist()}
     made_up(tmp_path / "results.csv", returns)
     algorithms = {name: {"algo": "sac"} for name in returns}
-    suite = TINY | dict(algorithms=algorithms, seeds=list(range(8)), tasks={"Pendulum-v1": {"score": [0, 2000]}})
+    suite = TINY_SUITE | dict(algorithms=algorithms, seeds=list(range(8)), tasks={"Pendulum-v1": {"score": [0, 2000]}})
     rows = report.read_results(tmp_path / "results.csv", suite)
     last = report.scores(rows, suite, "deterministic", at_end=True)
     mean = report.scores(rows, suite, "sample", at_end=False)
@@ -293,7 +278,7 @@ def test_means_over_training_by_steps_and_by_time(tmp_path: Path) -> None:
     assert means["steps"].to_list() == [100, 150]
     # Within three minutes: A is at 0 for one and rises for two; B is at 0 for two and at 75 after three
     assert means["time"].to_list() == pytest.approx([2 / 3 * 100, 1 / 3 * 75 / 2], rel=1e-2)
-    suite = TINY | dict(algorithms={name: {"algo": "sac"} for name in "AB"})
+    suite = TINY_SUITE | dict(algorithms={name: {"algo": "sac"} for name in "AB"})
     a, b = report.table_by_task(table, suite).splitlines()[2:]
     assert a == "| Pendulum-v1 | A | 1 | 100 | 66.7 | 200 | 100 | 3.0 |"
     assert b == "|  | B | 1 | 150 | 12.5 | 300 | 200 | 6.0 |"
@@ -350,7 +335,7 @@ def test_a_report_on_a_part_of_the_runs_has_no_aggregates(tmp_path: Path, capsys
     assert (tmp_path / "tiny_curves.png").exists() and (tmp_path / "tiny_overview.png").exists()
     assert not (tmp_path / "a.md").exists()
     with pytest.raises(ValueError, match="holds no run of the suite"):
-        report.read_results(tmp_path / "results.csv", TINY | {"seeds": [7]})
+        report.read_results(tmp_path / "results.csv", TINY_SUITE | {"seeds": [7]})
 
 
 @pytest.mark.parametrize(

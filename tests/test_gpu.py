@@ -17,28 +17,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import suite as suites
-import yaml
 from packaging.requirements import Requirement
 
-TINY: dict[str, Any] = {
-    "steps": 200,
-    "evaluations": 2,
-    "episodes": 1,
-    "seeds": [0],
-    "params": {"learning_starts": 50, "batch_size": 16, "policy_kwargs": {"net_arch": [8]}},
-    "tasks": {"Pendulum-v1": {"score": [-1230, -150]}},
-    "algorithms": {"MFPO": {"algo": "mfpo"}, "SAC": {"algo": "sac"}},
-}
+from tests.helpers import write_suite
 
-
-def write_suite(folder: Path) -> Path:
-    path = folder / "tiny.yml"
-    path.write_text(yaml.safe_dump(TINY))
-    return path
+BOTH: dict[str, Any] = {"MFPO": {"algo": "mfpo"}, "SAC": {"algo": "sac"}}
 
 
 def arguments(folder: Path) -> list[str]:
-    command = ["--device", "cpu", "--quick", "--suite", str(write_suite(folder)), "--tasks", "Pendulum-v1"]
+    command = ["--device", "cpu", "--quick", "--suite", str(write_suite(folder, algorithms=BOTH)), "--tasks", "Pendulum-v1"]
     return [*command, "--output", str(folder / "out"), "--folder", str(folder / "runs"), "--gpus-per-run", "0.5"]
 
 
@@ -164,7 +151,7 @@ def test_what_pytest_reports(tmp_path: Path) -> None:
 
 def test_curves_of_runs_that_have_not_ended(tmp_path: Path) -> None:
     """Episodes of 1000 steps with the returns 1, 2, ...: five of them in each block."""
-    suite = suites.read_suite(write_suite(tmp_path))
+    suite = suites.read_suite(write_suite(tmp_path, algorithms=BOTH))
     run, _ = suites.runs_of(suite)
     place = suites.folder_of(run, tmp_path)
     logs = place / "mfpo" / "Pendulum-v1_1"

@@ -53,7 +53,8 @@ def stretch_support(logits: th.Tensor, factor: float) -> th.Tensor:
     """
     Logits of distributions that stay where they are while their support, evenly spaced around 0, becomes wider or narrower:
     those at an atom's new place on the old support, linearly between its atoms, and beyond it those of its ends. (Linear in
-    the logits, so that it can be applied to the parameters of the layer that gives them.)
+    the logits, so that it can be applied to the parameters of the layer that gives them. Ours, after PopArt,
+    https://arxiv.org/abs/1602.07714, which does this for values that are no distributions.)
 
     :param logits: shape (n_atoms, ...)
     :param factor: By which the support is stretched, above 0

@@ -149,6 +149,7 @@ class MultiInputMLP(nn.Module):
 
     @property
     def output_layer(self) -> nn.Linear:
+        """The last layer, shape of its weight (output_dim, last of ``net_arch``)."""
         return cast(nn.Linear, [self.input_layer, *self.body][-1])
 
     def forward(self, *inputs: th.Tensor) -> th.Tensor:

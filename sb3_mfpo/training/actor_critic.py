@@ -298,14 +298,13 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
         history: list[Metrics] = []
         for step in range(1, gradient_steps + 1):
             batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
-            history.append(self._gradient_step(batch))
+            history.append(self._gradient_step(batch) | {"terminated": batch.dones.mean()})
             if step % self.READ_EVERY == 0 or step == gradient_steps:
                 for name, value in self._read(history):
                     totals[name] += value
                     counts[name] += 1
                 history = []
-                # A step of a subclass need not tell
-                self._found_termination |= totals.get("terminated", 0.0) > 0
+                self._found_termination |= totals["terminated"] > 0
                 self._set_critic_reduction()
         self._log({name: total / counts[name] for name, total in totals.items()}, gradient_steps)
 
@@ -381,7 +380,7 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
                 next_outputs, batch.rewards, discounts, entropy_bonus, self.policy.critic_reduction
             )
         loss, q_value = self.critic.loss(self.critic(batch.observations, batch.actions, raw=True), target)
-        return loss, {"q_value": q_value, "clipped_target_mass": clipped, "terminated": batch.dones.mean()}
+        return loss, {"q_value": q_value, "clipped_target_mass": clipped}
 
     @th.compiler.disable
     def _descend(self, name: str, loss: th.Tensor, optimizer: th.optim.Optimizer) -> th.Tensor:
