@@ -33,6 +33,7 @@ import pandas as pd
 import run
 import speed
 import torch as th
+from captured_sac import CapturedSAC
 from machine import versions
 from suite import KEYS, folder_of, read_suite, runs_of
 
@@ -43,6 +44,7 @@ SUITE = Path(__file__).parent / "suites" / "gpu.yml"
 TASKS = ["HalfCheetah-v5", "Walker2d-v5", "Ant-v5", "Humanoid-v5", "dm_control/dog-run-v0", "dm_control/humanoid-run-v0"]
 # What has tests that need a device; the other files need more packages
 NEEDS_CUDA = re.compile(r"mark\.cuda|\bDEVICES\b")
+KINDS: dict[str, speed.Kind] = {**speed.KINDS, "SAC, captured": (CapturedSAC, {})}
 # Columns that tell measurements apart
 KEY = ["what", "task", "mode", "batch", "algorithm"]
 # Batches of observations to act on, and how often one is repeated
@@ -54,7 +56,10 @@ BLOCK = 5000
 
 
 class Measurement(NamedTuple):
-    """Gradient steps of some algorithms, SAC always among them; in eager mode with the usual batch also actions."""
+    """
+    Gradient steps of some algorithms, SB3's SAC in eager mode always among them. In eager mode also samples of the replay buffer
+    and, with the usual batch, actions.
+    """
 
     task: str
     mode: str
@@ -79,7 +84,8 @@ def measurements(quick: bool) -> list[Measurement]:
         return [first]
     return [
         first,
-        *(Measurement("HalfCheetah", "captured", usual, (name,)) for name in ours),
+        Measurement("HalfCheetah", "captured", usual, ("MFPO", "SAC, captured")),
+        *(Measurement("HalfCheetah", "captured", usual, (name,)) for name in ours[1:]),
         Measurement("HalfCheetah", "eager", large, ours),
         *(Measurement("HalfCheetah", "captured", large, (name,)) for name in ours),
         *(Measurement("HalfCheetah", "compiled", size, (name,)) for size in (usual, large) for name in ours),
@@ -101,7 +107,7 @@ def measure(what: Measurement, device: str, quick: bool, path: Path) -> None:
     width, rounds = (16, 1) if quick else (256, 25)
     kinds = {"SAC": speed.KINDS["SAC"]}
     for name in what.algorithms:
-        algorithm, kwargs = speed.KINDS[name]
+        algorithm, kwargs = KINDS[name]
         kinds[name] = (algorithm, {**kwargs, "compile_step": what.mode != "eager"})
     models = speed.make_models(partial(speed.RandomTask, *speed.TASKS[what.task]), width, device, kinds)
     if what.mode == "compiled":
@@ -116,11 +122,15 @@ def measure(what: Measurement, device: str, quick: bool, path: Path) -> None:
 
     firsts = {name: first_steps(model) for name, model in models.items()}
     about = {"task": what.task, "mode": what.mode, "batch": what.batch_size}
-    found = speed.gradient_steps(models, rounds, device, ("SAC",), what.batch_size)
+    references = tuple(name for name in models if name.startswith("SAC"))
+    found = speed.gradient_steps(models, rounds, device, references, what.batch_size)
     rows: list[dict[str, Any]] = []
     for name, row in found.items():
         row["milliseconds"] /= speed.STEPS
         rows.append({"what": "gradient step", "algorithm": name} | about | row | {"first steps, seconds": firsts[name]})
+    if what.mode == "eager":
+        sampling = speed.compare(replay_samples(models["SAC"], what.batch_size), rounds, ("from the host",), device, 10)
+        rows += [{"what": "replay sample", "algorithm": name} | about | row for name, row in sampling.items()]
     if what.mode == "eager" and what.batch_size == speed.BATCH_SIZE:
         for title, acting in speed.actions(models, rounds, ("SAC", "MFPO", "SOM"), (), BATCHES).items():
             # "MFPO, stochastic": which actions
@@ -132,6 +142,26 @@ def measure(what: Measurement, device: str, quick: bool, path: Path) -> None:
         for steps in rows[: len(models)]:
             steps |= launches(models[steps["algorithm"]], what.batch_size)
         path.write_text(json.dumps(rows))
+
+
+def replay_samples(model: Any, batch_size: int) -> dict[str, Callable[[], Any]]:
+    """
+    :param model: An SB3 model with transitions
+    :param batch_size: Minibatch size
+    :return: Functions that sample its replay buffer: as SB3 does, and from a copy of the transitions on the model's device
+    """
+    buffer = model.replay_buffer
+    size, names = buffer.size(), ("observations", "next_observations", "actions", "dones", "timeouts", "rewards")
+    tensors = {name: th.as_tensor(getattr(buffer, name)[:size], device=model.device) for name in names}
+
+    def on_device() -> tuple[th.Tensor, ...]:
+        rows = th.randint(size, (batch_size,), device=model.device)
+        environments = th.randint(buffer.n_envs, (batch_size,), device=model.device)
+        batch = {name: values[rows, environments] for name, values in tensors.items()}
+        dones = batch["dones"] * (1 - batch["timeouts"])
+        return batch["observations"], batch["actions"], batch["next_observations"], dones, batch["rewards"]
+
+    return {"from the host": partial(buffer.sample, batch_size), "from the device": on_device}
 
 
 def launches(model: Any, batch_size: int) -> dict[str, float]:
