@@ -12,15 +12,15 @@ from torch.nn import functional as F
 
 class CapturedSAC(SAC):
     """
-    SB3's SAC with a learned temperature. Its gradient step has the same operations in the same order, but looks at no value and
-    its optimizers are fused, so that ``torch.compile`` can capture it in CUDA graphs as MFPO does with its own.
+    SB3's SAC with a learned temperature. Its gradient step has the same operations in the same order, but looks at no value
+    and its optimizers are fused, so that ``torch.compile`` can capture it in CUDA graphs as MFPO does with its own.
 
     :param compile_step: Whether to compile; if not, the step is that of ``SAC.train`` in eager mode
     """
 
     def __init__(self, *args: Any, compile_step: bool = True, policy_kwargs: dict[str, Any] | None = None, **kwargs: Any):
         policy_kwargs = {**(policy_kwargs or {}), "optimizer_kwargs": {"fused": True}}
-        super().__init__(*args, policy_kwargs=policy_kwargs, **kwargs)
+        super().__init__(*args, **{**kwargs, "policy_kwargs": policy_kwargs})
         assert self.log_ent_coef is not None, "the temperature must be learned"
         self.ent_coef_optimizer = th.optim.Adam([self.log_ent_coef], lr=self.lr_schedule(1), fused=True)
         self._step = th.compile(self._update, dynamic=False, mode="reduce-overhead") if compile_step else self._update
@@ -71,7 +71,8 @@ class CapturedSAC(SAC):
             next_actions, next_log_prob = self._sample(batch.next_observations)
             next_values = th.cat(self.critic_target(batch.next_observations, next_actions), dim=1).amin(1, keepdim=True)
             target = batch.rewards + (1 - batch.dones) * self.gamma * (next_values - ent_coef * next_log_prob)
-        critic_loss = sum(0.5 * F.mse_loss(values, target) for values in self.critic(batch.observations, batch.actions))
+        values = self.critic(batch.observations, batch.actions)
+        critic_loss = 0.5 * th.stack([F.mse_loss(one, target) for one in values]).sum()
         self._descend(critic_loss, self.critic.optimizer)
 
         values = th.cat(self.critic(batch.observations, actions), dim=1).amin(1, keepdim=True)
@@ -84,8 +85,9 @@ class CapturedSAC(SAC):
     @th.compiler.disable
     def _learn_ent_coef(self, log_prob: th.Tensor) -> None:
         # Within the compiled code, this loss and the actor's would share one backward pass
-        assert self.ent_coef_optimizer is not None
-        self._descend(-(self.log_ent_coef * (log_prob + self.target_entropy)).mean(), self.ent_coef_optimizer)
+        assert self.log_ent_coef is not None and self.ent_coef_optimizer is not None
+        loss = -(self.log_ent_coef * (log_prob + float(self.target_entropy))).mean()
+        self._descend(loss, self.ent_coef_optimizer)
 
     @th.compiler.disable
     def _descend(self, loss: Any, optimizer: th.optim.Optimizer) -> None:

@@ -17,7 +17,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import suite as suites
+import torch as th
+from captured_sac import CapturedSAC
 from packaging.requirements import Requirement
+from stable_baselines3 import SAC
 
 from tests.helpers import write_suite
 
@@ -128,6 +131,16 @@ def test_measurements_that_are_there_are_not_repeated(tmp_path: Path, monkeypatc
     asked.clear()
     gpu.run_speed(options, float("inf"))
     assert asked == gpu.measurements(quick=False)[2:]
+
+
+def test_the_captured_sac_takes_the_steps_of_sac() -> None:
+    def weights(algorithm: type[SAC], **kwargs: Any) -> th.Tensor:
+        policy_kwargs = {"net_arch": [32, 32]}
+        model = algorithm("MlpPolicy", "Pendulum-v1", seed=0, device="cpu", policy_kwargs=policy_kwargs, **kwargs).learn(150)
+        assert model._n_updates == 50
+        return th.cat([value.detach().flatten() for value in (*model.policy.parameters(), model.log_ent_coef)])
+
+    th.testing.assert_close(weights(CapturedSAC, compile_step=False), weights(SAC), rtol=1e-4, atol=1e-5)
 
 
 def test_what_pytest_reports(tmp_path: Path) -> None:
