@@ -63,7 +63,8 @@ class Evaluation(BaseCallback):
         if isinstance(self._env, VecNormalize):
             sync_envs_normalization(self.training_env, self._env)
         with th.random.fork_rng():
-            th.manual_seed(self.num_timesteps)
+            # Others than those of the other seeds
+            th.manual_seed(1000 * self.num_timesteps + self.seed)
             for mode, deterministic in MODES.items():
                 mean: Any = evaluate_policy(self.model, self._env, self.episodes, deterministic)[0]
                 row = {"step": self.num_timesteps, "seconds": round(self.seconds, 1), "mode": mode}

@@ -26,6 +26,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -345,8 +346,33 @@ def run_speed(options: argparse.Namespace, until: float) -> int:
             rows = pd.concat([rows, pd.DataFrame(json.loads(path.read_text())).assign(**origin())], ignore_index=True)
         done = index + 1 == len(left) and not errors and path.exists()
         results.write(rows, done, errors=errors)
+        if len(rows):
+            results.csv.with_suffix(".md").write_text(table(rows))
         print(f"speed: {name}: {'measured' if path.exists() else errors.get(name, 'not done in time')}", flush=True)
     return len(errors)
+
+
+def table(rows: pd.DataFrame) -> str:
+    """
+    :param rows: Of the part "speed"
+    :return: Gradient steps in Markdown: median time, and the ratio to SB3's SAC with its quartiles
+    """
+    steps = rows[rows["what"] == "gradient step"]
+    # The reference takes its turns beside the others in every mode
+    steps = steps[(steps["algorithm"] != "SAC") | (steps["mode"] == "eager")]
+    steps = steps.set_index(["mode", "algorithm", "task", "batch"]).sort_index()
+    places = [place for place in product(speed.TASKS, (speed.BATCH_SIZE, 2048)) if ("eager", "SAC", *place) in steps.index]
+    lines = ["| | " + " | ".join(f"{task} sizes, batch of {batch}" for task, batch in places) + " |"]
+    lines.append("|---" * (len(places) + 1) + "|")
+    for mode, name in product(("eager", "captured", "compiled"), (*speed.KINDS, "SAC, captured")):
+        cells = []
+        for place in places:
+            row = steps.loc[(mode, name, *place)] if (mode, name, *place) in steps.index else None
+            ratio = "" if row is None or name == "SAC" else ", " + speed.ratio_to("SAC", row)
+            cells.append("" if row is None else f"{row['milliseconds']:.1f} ms{ratio}")
+        if any(cells):
+            lines.append(f"| {name.removesuffix(', captured')}, {mode} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def run_learning(options: argparse.Namespace, until: float) -> int:

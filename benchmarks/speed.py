@@ -299,12 +299,22 @@ def hardware() -> dict[str, Any]:
     return {"processor": processor(), "cores": os.cpu_count(), "gpu": gpu}
 
 
+def ratio_to(reference: str, row: Mapping[Any, Any]) -> str:
+    """
+    :param reference: Name of an algorithm
+    :param row: Of ``compare``
+    :return: The ratio to it: median and quartiles
+    """
+    key = f"ratio to {reference}"
+    return f"{row[key]:.2f} ({row[f'{key}, 25 %']:.2f} to {row[f'{key}, 75 %']:.2f})"
+
+
 def print_rows(title: str, rows: Rows) -> None:
     print(f"\n{title}")
     ratios = [key for key in next(iter(rows.values())) if key.startswith("ratio") and "%" not in key]
     print(f"{'':24} {'ms':>9}" + "".join(f"  {key:>28}" for key in ratios))
     for name, row in rows.items():
-        cells = [f"{row[key]:6.2f} ({row[f'{key}, 25 %']:.2f} to {row[f'{key}, 75 %']:.2f})" for key in ratios]
+        cells = [ratio_to(key.removeprefix("ratio to "), row) for key in ratios]
         print(f"{name:24} {row['milliseconds']:9.2f}" + "".join(f"  {cell:>28}" for cell in cells))
 
 

@@ -96,6 +96,12 @@ def test_a_dry_run_with_the_listed_packages_alone(tmp_path: Path, monkeypatch: p
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "out" / "learning_quick.csv"), curves)
 
 
+def test_the_published_table_is_that_of_the_measurements() -> None:
+    published = (gpu.run.RESULTS / "gpu" / "speed.md").read_text()
+    assert published in (gpu.ROOT / "docs" / "speed.md").read_text()
+    assert gpu.table(pd.read_csv(gpu.run.RESULTS / "gpu" / "speed.csv")) == published
+
+
 def test_when_the_minutes_are_over_the_table_says_how_far_runs_are(tmp_path: Path) -> None:
     assert gpu.main([*arguments(tmp_path), "--parts", "learning", "--minutes", "0.001"]) == 0
     about = json.loads((tmp_path / "out" / "learning_quick.json").read_text())
