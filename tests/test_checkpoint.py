@@ -87,7 +87,6 @@ CASES: dict[str, tuple[Callable[[], VecEnv], dict[str, Any], int]] = {
     ),
     "n-step": (lambda: one(RandomEnv), dict(n_steps=3), 7),
     "two environments": (lambda: one(RandomEnv, 2), dict(gradient_steps=-1), 14),
-    "two processes": (lambda: one(RandomEnv, 2, SubprocVecEnv), dict(gradient_steps=-1), 14),
     "VecNormalize": (lambda: VecNormalize(one(RandomEnv)), {}, 7),
     "memory": (
         lambda: one(RandomEnv),

@@ -446,7 +446,8 @@ def survives(task: str, kills: int, steps: int, longest: float, tmp_path: Path) 
     assert {name for name in expected if killed.get(name) != expected[name]} == set()
 
 
-@pytest.mark.parametrize("task", resumable.TASKS)
+# The other one that MuJoCo simulates is for every night
+@pytest.mark.parametrize("task", [task for task in resumable.TASKS if task != "HalfCheetah"])
 def test_a_killed_run_equals_the_uninterrupted_one(task: str, tmp_path: Path) -> None:
     survives(task, kills=1, steps=300, longest=1.0, tmp_path=tmp_path)
 

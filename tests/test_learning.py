@@ -62,6 +62,7 @@ def test_mfpo_learns_to_reach(compile_step: bool) -> None:
     assert np.isclose(entropy, model.target_entropy, atol=0.35)
 
 
+@pytest.mark.nightly
 def test_som_learns_to_reach() -> None:
     """With a frozen actor or critic, with scores that ignore the values or point away from them, a sample gets below -40."""
     _, single_sample, best_of_ten = learn_to_reach(SOM)
