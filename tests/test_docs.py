@@ -1,16 +1,20 @@
-"""The manual: every page's lines of Python are run, in order, with fewer steps."""
+"""The manual: every page's lines of Python are run, in order, with fewer steps; its commands name what is there."""
 
 from __future__ import annotations
 
 import re
+import shlex
+from importlib.metadata import metadata
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import pytest
+import rl_zoo3
 import torch as th
 
 from sb3_mfpo import MFPO, SOM
+from sb3_mfpo.zoo.__main__ import COMMANDS
 from tests.helpers import RandomEnv
 
 ROOT = Path(__file__).parent.parent
@@ -68,3 +72,60 @@ def test_som_takes_the_place_of_mfpo(tmp_path: Path, monkeypatch: pytest.MonkeyP
     names: dict[str, Any] = {}
     exec(shortened(code.replace("MFPO", "SOM")), names)
     assert isinstance(names["model"], SOM)
+
+
+# The manual's commands: what they name is there
+
+
+def commands(page: Path) -> list[list[str]]:
+    """All that a page asks to type in a shell, in blocks and within sentences, without variables of the environment."""
+    text = page.read_text()
+    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    lines += re.findall(
+        r"`((?:OMP_NUM_THREADS=\d )?(?:python|make|pip) [^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    )
+    found = []
+    for line in lines:
+        words = [word for word in shlex.split(line, comments=True) if not re.fullmatch(r"[A-Z_]+=\S+", word)]
+        if words and words[0] in ("python", "make", "pip"):
+            found.append(words)
+    return found
+
+
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "benchmarks" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+
+
+@pytest.mark.parametrize("page", [page for page in DOCUMENTS if commands(page)], ids=lambda page: page.name)
+def test_the_commands_of_a_page(page: Path) -> None:
+    """Scripts, suites, targets and extras exist, and scripts know the options."""
+    extras = set(metadata("sb3-mfpo").get_all("Provides-Extra") or [])
+    makefile = (ROOT / "Makefile").read_text()
+    zoo = [*Path(rl_zoo3.__file__).parent.rglob("*.py"), *(ROOT / "sb3_mfpo" / "zoo").glob("*.py")]
+    modules = {"sb3_mfpo.zoo": zoo, "peers": [*zoo, ROOT / "benchmarks" / "peers" / "__main__.py"]}
+    for program, *words in commands(page):
+        print(program, *words)
+        if program == "make":
+            assert f"\n{words[0]}:" in makefile
+        elif program == "pip":
+            asked = ",".join(name for word in words for name in re.findall(r"\[(.*)\]", word))
+            assert set(filter(None, asked.split(","))) <= extras
+        elif words[0] != "-c" and words[:2] not in (["-m", "build"], ["-m", "pytest"]):
+            module = words[1] if words[0] == "-m" else None
+            if module == "sb3_mfpo.zoo":
+                assert set(words[2:3]) <= set(COMMANDS)
+            script = [path for path in (ROOT / words[0], ROOT / "benchmarks" / words[0]) if path.exists()]
+            # Options of a suite's parts are in a file of their own
+            sources = modules[module] if module else [*script, ROOT / "benchmarks" / "suite.py"]
+            assert script or module, words[0]
+            text = "".join(source.read_text() for source in sources)
+            # Behind "-params" and "--env-kwargs" come settings
+            options = [word for word in words[2:] if re.match(r"--?[a-z]", word)]
+            assert [option for option in options if f'"{option}"' not in text] == []
+            files = [word for word in words[1:] if re.search(r"\.yml$", word)]
+            assert all((ROOT / name).exists() or (ROOT / "benchmarks" / name).exists() for name in files)
