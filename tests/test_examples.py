@@ -38,6 +38,7 @@ ARGUMENTS = {
         "learning_starts:200",
     ],
     "gates": ["--steps", "502", "--entropies", "-1", "--output", "out.png"],
+    "multigoal": ["--steps", "8", "--algorithms", "MFPO", "TD3", "--output", "out/four"],
     "multimodal": ["--updates", "5", "--samples", "200", "--output", "out.png"],
     "offline_start": [
         *("--mediocre", "110", "--transitions", "250", "--gradient-steps", "9", "--steps", "120", "--every", "60"),
@@ -233,6 +234,61 @@ def test_mfpo_is_sharp_on_the_gates() -> None:
     print(result[:3])
     assert result.success >= 0.4
     assert result.effective >= 12
+
+
+def test_multigoal_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.chdir(tmp_path)
+    example = load("multigoal")
+    monkeypatch.setattr(example, "RANDOM_STEPS", 100)
+    monkeypatch.setitem(example.SHARED, "learning_starts", 100)
+    table = example.main(ARGUMENTS["multigoal"])
+    assert list(table["algorithm"]) == ["MFPO", "TD3"] and is_png(tmp_path / "out" / "four.png")
+    assert np.allclose(table["missed"] + table[[f"goal {k}" for k in range(4)]].sum(axis=1), 1)
+    # What is there is not repeated
+    capsys.readouterr()
+    again = example.main([*ARGUMENTS["multigoal"], "--seeds", "0", "1"])
+    assert list(again["seed"]) == [0, 0, 1, 1] and capsys.readouterr().out.count("'seed': 0") == 0
+    assert again.iloc[:2].equals(table)
+
+
+def test_multigoal_counts_goals() -> None:
+    """A policy that goes straight to one goal, one that goes to two of them, one that stands still."""
+    example = load("multigoal")
+
+    class Known:
+        action_noise = None
+
+        def __init__(self, *directions: list[float]):
+            self.directions = np.array(directions)
+
+        def predict(self, positions: np.ndarray) -> tuple[np.ndarray, None]:
+            return self.directions[np.arange(len(positions)) % len(self.directions)], None
+
+    pays = example.FourGoals().pays
+    returned, shares, paths = example.evaluate(Known([0, 0.9]), pays)
+    assert list(shares) == [0, 1, 0, 0] and paths.shape == (31, 200, 2)
+    # Distances 4.1, 3.2, 2.3, 1.4, then 10, from a start with a spread of 0.1
+    assert returned == pytest.approx(10 - 0.1 * 11, abs=0.05)
+    assert list(example.evaluate(Known([0.9, 0], [0, -0.9]), pays)[1]) == [0.5, 0, 0, 0.5]
+    returned, shares, _ = example.evaluate(Known([0.0, 0.0]), pays)
+    assert shares.sum() == 0 and -0.1 * 30 * 5 < returned < -0.1 * 30 * 4.7
+    # A goal that pays nothing is none; the walls and the reward are those of the environment
+    assert example.evaluate(Known([0, 0.9]), np.array([10, 0, 10, 10]))[1].sum() == 0
+    env = example.FourGoals()
+    env.reset(seed=0)
+    steps = [env.step(np.array([0.0, 0.9])) for _ in range(5)]
+    assert [step[2] for step in steps] == [False] * 4 + [True] and steps[-1][1] == 10
+    assert sum(step[1] for step in steps) == pytest.approx(10 - 0.1 * 11, abs=0.2)
+
+
+def test_mfpo_keeps_four_goals() -> None:
+    """After 1 000 steps of learning. A policy that has collapsed to some of the goals fails, and so does a Gaussian."""
+    example = load("multigoal")
+    model = example.make("MFPO", 0, 0.5).learn(example.RANDOM_STEPS + 1000)
+    returned, shares, _ = example.evaluate(model, example.pays_of(model))
+    print(returned, shares)
+    assert returned > 2
+    assert shares.min() >= 0.07
 
 
 @pytest.mark.nightly
