@@ -37,6 +37,7 @@ ARGUMENTS = {
         "--params",
         "learning_starts:200",
     ],
+    "fetch_reach": ["--steps", "1002", "--every", "1002", "--output", "out/fetch"],
     "gates": ["--steps", "502", "--entropies", "-1", "--output", "out.png"],
     "multigoal": ["--steps", "8", "--algorithms", "MFPO", "TD3", "--output", "out/four"],
     "multimodal": ["--updates", "5", "--samples", "200", "--output", "out.png"],
@@ -234,6 +235,15 @@ def test_mfpo_is_sharp_on_the_gates() -> None:
     print(result[:3])
     assert result.success >= 0.4
     assert result.effective >= 12
+
+
+def test_fetch_reach_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    example = load("fetch_reach")
+    monkeypatch.setattr(example, "EPISODES", 2)
+    table = example.main(ARGUMENTS["fetch_reach"])
+    assert list(table["way"]) == ["chosen", "sample"] and table["success"].isin([0, 0.5, 1]).all()
+    assert is_png(tmp_path / "out" / "fetch.png")
 
 
 def test_multigoal_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
