@@ -170,7 +170,7 @@ def draw(rows: pd.DataFrame, paths: dict[str, np.ndarray], output: Path) -> None
             axis.plot(place + np.array(spread), runs[column], "o", alpha=0.6)
         axis.set_xticks(range(len(labels)), labels, fontsize="x-small")
     axes[-2].set(title="return of single samples")
-    axes[-1].set(title="goals with a tenth of the episodes", ylim=(-0.3, 4.3))
+    axes[-1].set(title="goals in use", ylim=(-0.3, 4.3))
     figure.savefig(output, dpi=110)
     plt.close(figure)
 
