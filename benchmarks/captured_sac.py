@@ -90,7 +90,7 @@ class CapturedSAC(SAC):
         self._descend(loss, self.ent_coef_optimizer)
 
     @th.compiler.disable
-    def _descend(self, loss: Any, optimizer: th.optim.Optimizer) -> None:
+    def _descend(self, loss: th.Tensor, optimizer: th.optim.Optimizer) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

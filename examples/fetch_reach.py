@@ -19,6 +19,7 @@ import pandas as pd
 from stable_baselines3 import SAC, HerReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_mfpo import MFPO, SOM
 from sb3_mfpo.envs import register_robotics
@@ -49,15 +50,16 @@ def make(algorithm: str, seed: int) -> Any:
     )
 
 
-def success(model: Any, deterministic: bool) -> float:
-    """Share of episodes that end at their goal."""
+def success(model: Any, env: VecEnv, deterministic: bool) -> float:
+    """Share of episodes that end at their goal, the same starts and goals at every call."""
+    env.seed(1000)
     ends: list[float] = []
 
     def note(names: dict[str, Any], _: dict[str, Any]) -> None:
         if names["done"]:
             ends.append(names["info"]["is_success"])
 
-    evaluate_policy(model, make_vec_env(TASK, seed=1000), EPISODES, deterministic, callback=note)
+    evaluate_policy(model, env, EPISODES, deterministic, callback=note)
     return sum(ends) / len(ends)
 
 
@@ -71,13 +73,13 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
     options = parser.parse_args(arguments)
     register_robotics()
 
-    rows = []
+    rows, env = [], make_vec_env(TASK)
     for algorithm in options.algorithms:
         for seed in options.seeds:
             model = make(algorithm, seed)
             for step in range(options.every, options.steps + 1, options.every):
                 model.learn(options.every, reset_num_timesteps=False)
-                rows += [(algorithm, seed, step, way, success(model, chosen)) for way, chosen in WAYS.items()]
+                rows += [(algorithm, seed, step, way, success(model, env, chosen)) for way, chosen in WAYS.items()]
                 print(algorithm, seed, step, *(f"{way} {share:.2f}" for *_, way, share in rows[-2:]), flush=True)
     table = pd.DataFrame(rows, columns=["algorithm", "seed", "step", "way", "success"])
     options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -38,8 +38,9 @@ import matplotlib.pyplot as plt
 GOALS = 5.0 * np.array([[1, 0], [0, 1], [-1, 0], [0, -1]])
 RADIUS = 1.0
 TIME_LIMIT = 30
-
 RANDOM_STEPS = 3000
+# Of TD3's actions, in training and in evaluations
+NOISE = 0.1
 
 SHARED: dict[str, Any] = dict(learning_rate=1e-3, learning_starts=RANDOM_STEPS, buffer_size=20_000, device="cpu")
 NETWORKS: dict[str, Any] = dict(net_arch=[64, 64])
@@ -49,7 +50,7 @@ ALGORITHMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "MFPO": (MFPO, dict(ent_coef="auto_1", n_gaussian_samples=18, n_local_samples=6, policy_delay=2, policy_kwargs=NETWORKS)),
     "SOM": (SOM, dict(policy_kwargs=NETWORKS)),
     "SAC": (SAC, dict(policy_kwargs=NETWORKS)),
-    "TD3": (TD3, dict(action_noise=NormalActionNoise(np.zeros(2), np.full(2, 0.1)), policy_kwargs=NETWORKS)),
+    "TD3": (TD3, dict(action_noise=NormalActionNoise(np.zeros(2), np.full(2, NOISE)), policy_kwargs=NETWORKS)),
 }
 WITH_ENTROPY = ("MFPO", "SAC")
 NONE = float("nan")
@@ -109,7 +110,7 @@ def evaluate(model: Any, pays: np.ndarray, n_episodes: int = 200) -> tuple[float
     for _ in range(TIME_LIMIT):
         actions, _ = model.predict(position.astype(np.float32))
         if model.action_noise is not None:
-            actions = np.clip(actions + rng.normal(0, 0.1, actions.shape), -1, 1)
+            actions = np.clip(actions + rng.normal(0, NOISE, actions.shape), -1, 1)
         position = np.where(on_the_way[:, None], np.clip(position + actions, -7, 7), position)
         index, distance = nearest_goal(position, pays)
         arrived = on_the_way & (distance <= RADIUS)
@@ -166,8 +167,7 @@ def draw(rows: pd.DataFrame, paths: dict[str, np.ndarray], output: Path) -> None
         for place, (key, runs) in enumerate(rows.groupby(["algorithm", "entropy"], dropna=False, sort=False)):
             name, entropy = key
             labels.append(name if np.isnan(entropy) else f"{name}\n{entropy:+g}")
-            spread = np.linspace(-0.2, 0.2, len(runs)) if len(runs) > 1 else [0]
-            axis.plot(place + np.array(spread), runs[column], "o", alpha=0.6)
+            axis.plot(place + np.linspace(-0.2, 0.2, len(runs)), runs[column], "o", alpha=0.6)
         axis.set_xticks(range(len(labels)), labels, fontsize="x-small")
     axes[-2].set(title="return of single samples")
     axes[-1].set(title="goals in use", ylim=(-0.3, 4.3))
