@@ -45,9 +45,20 @@ NOISE = 0.1
 SHARED: dict[str, Any] = dict(learning_rate=1e-3, learning_starts=RANDOM_STEPS, buffer_size=20_000, device="cpu")
 NETWORKS: dict[str, Any] = dict(net_arch=[64, 64])
 ALGORITHMS: dict[str, tuple[Any, dict[str, Any]]] = {
-    # A temperature that begins high keeps all goals until their values are known; twice the default's proposals and updates
-    # of the policy make each precise
-    "MFPO": (MFPO, dict(ent_coef="auto_1", n_gaussian_samples=18, n_local_samples=6, policy_delay=2, policy_kwargs=NETWORKS)),
+    # A temperature that begins high keeps all goals until their values are known; twice the default's proposals and four times
+    # its updates of the policy make each precise
+    "MFPO": (
+        MFPO,
+        dict(
+            ent_coef="auto_1",
+            n_gaussian_samples=18,
+            n_local_samples=6,
+            policy_delay=2,
+            ent_coef_rate=6.0,
+            actor_tau=0.02,
+            policy_kwargs=NETWORKS,
+        ),
+    ),
     "SOM": (SOM, dict(policy_kwargs=NETWORKS)),
     "SAC": (SAC, dict(policy_kwargs=NETWORKS)),
     "TD3": (TD3, dict(action_noise=NormalActionNoise(np.zeros(2), np.full(2, NOISE)), policy_kwargs=NETWORKS)),
