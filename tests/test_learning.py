@@ -1,5 +1,6 @@
 """The algorithms learn a control task: each part of them is needed to pass."""
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,12 @@ def test_som_learns_to_reach() -> None:
 
 
 def test_the_defaults_learn_the_test_of_sb3(algorithm: Algorithm) -> None:
-    """SB3's own for SAC: 400 steps of an environment that rewards the repetition of its observation."""
-    model = algorithm("MlpPolicy", DummyVecEnv([lambda: IdentityEnvBox(eps=0.5)]), seed=0, device="cpu").learn(400)
+    """
+    SB3's own for SAC: 400 steps of an environment that rewards the repetition of its observation. An ordinary run warns of
+    nothing.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = algorithm("MlpPolicy", DummyVecEnv([lambda: IdentityEnvBox(eps=0.5)]), seed=0, device="cpu").learn(400)
     mean, _ = evaluate_policy(model, model.get_env(), n_eval_episodes=20, warn=False)
     assert mean > 90
