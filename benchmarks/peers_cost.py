@@ -41,8 +41,8 @@ class Kind(NamedTuple):
 
 KINDS = {
     "SAC": Kind(SAC, {}, 16, 8, 1),
-    # At every fourth step the policy learns: 4 (sample, divergence) + 12 (centres) + 24 (values) + 3 (actor) + 6 (divergence)
-    "MFPO": Kind(MFPO, {}, 12 + 49 / 4, 5 + 11 / 4, 2),
+    # At every eighth step the policy learns: 4 (sample, divergence) + 12 (centres) + 24 (values) + 3 (actor) + 6 (divergence)
+    "MFPO": Kind(MFPO, {}, 12 + 49 / 8, 5 + 11 / 8, 2),
     "MFPO, paper": Kind(MFPO, MFPO.PAPER, 181, 16, 2),
     "DIME": Kind(DIME, {}, 76, 53, 16),
     "MaxEntDP": Kind(MaxEntDP, {}, 2031, 27, 20),
@@ -87,7 +87,7 @@ def measure(models: dict[str, OffPolicyAlgorithm], rounds: int, batch_size: int,
     :param device: Of the models
     :return: By what is timed and the batch's size: milliseconds and ratios of every algorithm
     """
-    # Several at a time: MFPO learns its policy at every fourth
+    # Several at a time: MFPO learns its policy at every eighth
     steps = {name: partial(model.train, STEPS, batch_size) for name, model in models.items()}
     loops = {name: partial(model.learn, STEPS, reset_num_timesteps=False) for name, model in models.items()}
     results = {("gradient step", batch_size): compare(steps, rounds, ("MFPO",), device)}
