@@ -34,7 +34,8 @@ SHARED: dict[str, Any] = dict(learning_rate=1e-3, learning_starts=500, batch_siz
 # Rewards are at most 1 a step: the range of the values is known, and their distributions start near 0
 NETWORKS: dict[str, Any] = dict(net_arch=[64, 64], v_min=-5, v_max=5, value_init="narrow")
 ALGORITHMS: dict[str, tuple[Any, dict[str, Any]]] = {
-    # Precision is what is asked for: four times the default's proposals and updates of the policy, which are shorter
+    # Precision is what is asked for: four times the default's proposals and eight times its updates of the policy, which are
+    # shorter
     "MFPO": (
         MFPO,
         dict(

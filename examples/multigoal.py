@@ -2,9 +2,10 @@
 Four goals at the same distance, all equally good: a policy that keeps them all, and what that is good for.
 
     python examples/multigoal.py --seeds 0 1 2 --entropies 0.5 -0.5
+    python examples/multigoal.py --seeds 0 1 2 --algorithms SAC --steps 20000  # as long as MFPO takes
 
 A point begins near the middle of a plane and moves by at most 1 in each coordinate; an episode ends at a goal. MFPO, SOM, SAC
-and TD3 take 3 000 random steps, in which every goal is met, and learn for 3 000 more; MFPO and SAC at each target entropy.
+and TD3 take 3 000 random steps, in which every goal is met, and learn for 8 000 more; MFPO and SAC at each target entropy.
 Then
 
 - where single samples go: the share of episodes at each goal, and the return;
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,26 +41,16 @@ GOALS = 5.0 * np.array([[1, 0], [0, 1], [-1, 0], [0, -1]])
 RADIUS = 1.0
 TIME_LIMIT = 30
 RANDOM_STEPS = 3000
+# Of the further trainings, at most
+FURTHER_STEPS = 1000
 # Of TD3's actions, in training and in evaluations
 NOISE = 0.1
 
 SHARED: dict[str, Any] = dict(learning_rate=1e-3, learning_starts=RANDOM_STEPS, buffer_size=20_000, device="cpu")
 NETWORKS: dict[str, Any] = dict(net_arch=[64, 64])
 ALGORITHMS: dict[str, tuple[Any, dict[str, Any]]] = {
-    # A temperature that begins high keeps all goals until their values are known; twice the default's proposals and four times
-    # its updates of the policy make each precise
-    "MFPO": (
-        MFPO,
-        dict(
-            ent_coef="auto_1",
-            n_gaussian_samples=18,
-            n_local_samples=6,
-            policy_delay=2,
-            ent_coef_rate=6.0,
-            actor_tau=0.02,
-            policy_kwargs=NETWORKS,
-        ),
-    ),
+    # A temperature that begins high keeps all goals until their values are known
+    "MFPO": (MFPO, dict(ent_coef="auto_1", policy_kwargs=NETWORKS)),
     "SOM": (SOM, dict(policy_kwargs=NETWORKS)),
     "SAC": (SAC, dict(policy_kwargs=NETWORKS)),
     "TD3": (TD3, dict(action_noise=NormalActionNoise(np.zeros(2), np.full(2, NOISE)), policy_kwargs=NETWORKS)),
@@ -134,19 +126,22 @@ def evaluate(model: Any, pays: np.ndarray, n_episodes: int = 200) -> tuple[float
 
 def run(algorithm: str, seed: int, entropy: float, steps: int) -> tuple[dict[str, Any], np.ndarray]:
     """Train, then go on with a goal closed, and with one that pays more. What was seen, and the paths after the training."""
+    before = time.process_time()
     model = make(algorithm, seed, entropy).learn(RANDOM_STEPS + steps)
+    seconds = round(time.process_time() - before, 1)
     reward, shares, paths = evaluate(model, pays_of(model))
-    row = dict(algorithm=algorithm, entropy=entropy, seed=seed, reward=reward, missed=1 - shares.sum())
+    row = dict(algorithm=algorithm, entropy=entropy, seed=seed, steps=steps, seconds=seconds)
+    row |= dict(reward=reward, missed=1 - shares.sum())
     row |= {f"goal {k}": share for k, share in enumerate(shares)} | {"goals": int((shares >= 0.1).sum())}
 
     # What the past paid is no longer true
     model.replay_buffer.reset()
     closed, richer = copy.deepcopy(model), copy.deepcopy(model)
     pays_of(closed)[shares.argmax()] = 0
-    row["steps until back"] = steps_until(closed, lambda returned, _: returned > reward - 1, steps // 3)
+    row["steps until back"] = steps_until(closed, lambda returned, _: returned > reward - 1)
     late = int(shares.argmin())
     pays_of(richer)[late] *= 3
-    row["steps until found"] = steps_until(richer, lambda _, shares: shares[late] > 0.5, steps // 3)
+    row["steps until found"] = steps_until(richer, lambda _, shares: shares[late] > 0.5)
     return row, paths
 
 
@@ -154,9 +149,9 @@ def pays_of(model: Any) -> np.ndarray:
     return model.get_env().envs[0].unwrapped.pays
 
 
-def steps_until(model: Any, reached: Callable[[float, np.ndarray], bool], limit: int) -> float:
+def steps_until(model: Any, reached: Callable[[float, np.ndarray], bool]) -> float:
     """Steps of further training, looked at every 100, until single samples have reached something; infinite if they do not."""
-    for done in range(0, limit + 1, 100):
+    for done in range(0, FURTHER_STEPS + 1, 100):
         if done:
             model.learn(100, reset_num_timesteps=False)
         returned, shares, _ = evaluate(model, pays_of(model))
@@ -175,9 +170,9 @@ def draw(rows: pd.DataFrame, paths: dict[str, np.ndarray], output: Path) -> None
         axis.set(title=name, xlim=(-7, 7), ylim=(-7, 7), aspect="equal")
     for axis, column in zip(axes[-2:], ("reward", "goals"), strict=True):
         labels = []
-        for place, (key, runs) in enumerate(rows.groupby(["algorithm", "entropy"], dropna=False, sort=False)):
-            name, entropy = key
-            labels.append(name if np.isnan(entropy) else f"{name}\n{entropy:+g}")
+        for place, (key, runs) in enumerate(rows.groupby(["algorithm", "entropy", "steps"], dropna=False, sort=False)):
+            name, entropy, steps = key
+            labels.append(f"{name}\n" + ("" if np.isnan(entropy) else f"{entropy:+g}\n") + f"{steps} steps")
             axis.plot(place + np.linspace(-0.2, 0.2, len(runs)), runs[column], "o", alpha=0.6)
         axis.set_xticks(range(len(labels)), labels, fontsize="x-small")
     axes[-2].set(title="return of single samples")
@@ -190,7 +185,7 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--algorithms", nargs="+", default=list(ALGORITHMS), choices=ALGORITHMS)
     parser.add_argument(
-        "--steps", type=int, default=3000, help="environment steps that are learned from (default %(default)s)"
+        "--steps", type=int, default=8000, help="environment steps that are learned from (default %(default)s)"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a run per seed (default 0)")
     parser.add_argument("--entropies", type=float, nargs="+", default=[0.5], help="target entropies in nats (default 0.5)")
@@ -205,7 +200,8 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
         for algorithm in options.algorithms:
             for entropy in options.entropies if algorithm in WITH_ENTROPY else [NONE]:
                 # As text, because NaN equals nothing
-                if (algorithm, seed, str(entropy)) in {(row["algorithm"], row["seed"], str(row["entropy"])) for row in rows}:
+                key = (algorithm, seed, str(entropy), options.steps)
+                if key in {(row["algorithm"], row["seed"], str(row["entropy"]), row["steps"]) for row in rows}:
                     continue
                 row, lines = run(algorithm, seed, entropy, options.steps)
                 rows.append(row)
@@ -215,7 +211,7 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
                 np.savez(files[".npz"], **paths)
     table = pd.read_csv(files[".csv"])
     draw(table, paths, files[".png"])
-    runs = table.drop(columns="seed").groupby(["algorithm", "entropy"], dropna=False, sort=False)
+    runs = table.drop(columns="seed").groupby(["algorithm", "entropy", "steps"], dropna=False, sort=False)
     print(runs.median().join(runs.size().rename("runs")).round(2).to_string())
     return table
 

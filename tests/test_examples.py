@@ -250,6 +250,7 @@ def test_multigoal_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.chdir(tmp_path)
     example = load("multigoal")
     monkeypatch.setattr(example, "RANDOM_STEPS", 100)
+    monkeypatch.setattr(example, "FURTHER_STEPS", 0)
     monkeypatch.setitem(example.SHARED, "learning_starts", 100)
     table = example.main(ARGUMENTS["multigoal"])
     assert list(table["algorithm"]) == ["MFPO", "TD3"] and is_png(tmp_path / "out" / "four.png")
@@ -292,12 +293,12 @@ def test_multigoal_counts_goals() -> None:
 
 
 def test_mfpo_keeps_four_goals() -> None:
-    """After 1 000 steps of learning. A policy that has collapsed to some of the goals fails, and so does a Gaussian."""
+    """After 5 000 steps of learning. A policy that has collapsed to some of the goals fails, and so does one that misses."""
     example = load("multigoal")
-    model = example.make("MFPO", 0, 0.5).learn(example.RANDOM_STEPS + 1000)
+    model = example.make("MFPO", 0, 0.5).learn(example.RANDOM_STEPS + 5000)
     returned, shares, _ = example.evaluate(model, example.pays_of(model))
     print(returned, shares)
-    assert returned > 2
+    assert returned > 8
     assert shares.min() >= 0.07
 
 
