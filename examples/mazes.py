@@ -49,10 +49,16 @@ MAZES: dict[str, tuple[str, int, int, list[int]]] = {
     "point": ("PointMaze_UMaze{}-v3", 5, 200, [64, 64]),
     "ant": ("AntMaze_UMaze{}-v5", 1, 500, [256, 256]),
 }
-ALGORITHMS: dict[str, Any] = {"MFPO": MFPO, "SOM": SOM, "SAC": SAC}
+ALGORITHMS: dict[str, tuple[Any, dict[str, Any]]] = {
+    # A temperature that begins high keeps all goals until their values are known; SAC's does by default
+    "MFPO": (MFPO, dict(ent_coef="auto_1")),
+    "SOM": (SOM, {}),
+    "SAC": (SAC, {}),
+}
 # Deterministic actions or not
 WAYS = {"chosen": True, "sample": False}
 EPISODES = 40
+RANDOM_STEPS = 2000
 RADIUS = 0.45
 
 
@@ -102,15 +108,17 @@ def make_env(maze: str, reward: str, seed: int | None = None) -> VecEnv:
 
 
 def make_model(algorithm: str, maze: str, reward: str, seed: int, entropy: float) -> Any:
-    return ALGORITHMS[algorithm](
+    kind, settings = ALGORITHMS[algorithm]
+    return kind(
         "MlpPolicy",
         make_env(maze, reward, seed),
         learning_rate=1e-3 if maze == "point" else 3e-4,
-        learning_starts=2000,
+        learning_starts=RANDOM_STEPS,
         buffer_size=200_000,
         policy_kwargs=dict(net_arch=MAZES[maze][3]),
         seed=seed,
         device="cpu",
+        **settings,
         **({} if algorithm == "SOM" else dict(target_entropy=entropy)),
     )
 

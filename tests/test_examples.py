@@ -39,6 +39,7 @@ ARGUMENTS = {
     ],
     "fetch_reach": ["--steps", "1002", "--every", "1002", "--output", "out/fetch"],
     "gates": ["--steps", "502", "--entropies", "-1", "--output", "out.png"],
+    "mazes": ["--steps", "60", "--every", "30", "--rewards", "sparse", "--output", "out/mazes"],
     "multigoal": ["--steps", "8", "--algorithms", "MFPO", "TD3", "--output", "out/four"],
     "multimodal": ["--updates", "5", "--samples", "200", "--output", "out.png"],
     "offline_start": [
@@ -244,6 +245,40 @@ def test_fetch_reach_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     table = example.main(ARGUMENTS["fetch_reach"])
     assert list(table["way"]) == ["chosen", "sample"] and table["success"].isin([0, 0.5, 1]).all()
     assert is_png(tmp_path / "out" / "fetch.png")
+
+
+def test_mazes_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.chdir(tmp_path)
+    example = load("mazes")
+    monkeypatch.setattr(example, "EPISODES", 2)
+    monkeypatch.setattr(example, "RANDOM_STEPS", 40)
+    table = example.main(ARGUMENTS["mazes"])
+    assert list(table["step"]) == [30, 30, 60, 60] and list(table["way"]) == ["chosen", "sample"] * 2
+    assert is_png(tmp_path / "out" / "mazes.png")
+    # What is there is not repeated
+    capsys.readouterr()
+    assert example.main([*ARGUMENTS["mazes"], "--seeds", "0"]).equals(table) and not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("reward", ["dense", "sparse"])
+def test_in_mazes_the_nearest_goal_counts(reward: str) -> None:
+    """Pushed to the right, the point ends in the right arm, between its goal at (2, 0) and the wall behind."""
+    example = load("mazes")
+    example.register_robotics()
+    env = example.make_env("point", reward, seed=0)
+    env.reset()
+    goals = env.get_attr("goals")[0]
+    assert sorted(map(tuple, goals.round(6))) == [(-2, 0), (0, -2), (0, 2), (2, 0)]
+    rewards, places, ended = [], [], []
+    for _ in range(39):
+        observation, paid, _, infos = env.step(np.array([[1.0, 0.0]]))
+        rewards.append(paid[0])
+        places.append(observation[0, -2:])
+        ended.append(infos[0]["goal"])
+    distances = np.linalg.norm(np.array(places)[:, None] - goals, axis=2).min(axis=1)
+    expected = np.exp(-distances) if reward == "dense" else distances <= 0.45
+    assert np.allclose(rewards, expected, atol=1e-6)
+    assert ended[0] is None and tuple(goals[ended[-1]].round(6)) == (2, 0)
 
 
 def test_multigoal_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
