@@ -49,12 +49,7 @@ MAZES: dict[str, tuple[str, int, int, list[int]]] = {
     "point": ("PointMaze_UMaze{}-v3", 5, 200, [64, 64]),
     "ant": ("AntMaze_UMaze{}-v5", 1, 500, [256, 256]),
 }
-ALGORITHMS: dict[str, tuple[Any, dict[str, Any]]] = {
-    # A temperature that begins high keeps all goals until their values are known; SAC's does by default
-    "MFPO": (MFPO, dict(ent_coef="auto_1")),
-    "SOM": (SOM, {}),
-    "SAC": (SAC, {}),
-}
+ALGORITHMS: dict[str, Any] = {"MFPO": MFPO, "SOM": SOM, "SAC": SAC}
 # Deterministic actions or not
 WAYS = {"chosen": True, "sample": False}
 EPISODES = 40
@@ -108,8 +103,7 @@ def make_env(maze: str, reward: str, seed: int | None = None) -> VecEnv:
 
 
 def make_model(algorithm: str, maze: str, reward: str, seed: int, entropy: float) -> Any:
-    kind, settings = ALGORITHMS[algorithm]
-    return kind(
+    return ALGORITHMS[algorithm](
         "MlpPolicy",
         make_env(maze, reward, seed),
         learning_rate=1e-3 if maze == "point" else 3e-4,
@@ -118,7 +112,6 @@ def make_model(algorithm: str, maze: str, reward: str, seed: int, entropy: float
         policy_kwargs=dict(net_arch=MAZES[maze][3]),
         seed=seed,
         device="cpu",
-        **settings,
         **({} if algorithm == "SOM" else dict(target_entropy=entropy)),
     )
 
@@ -181,19 +174,16 @@ def draw(table: pd.DataFrame, output: Path) -> None:
     """Single samples: returns by steps and by time, and the goals at which a tenth of the episodes or more end."""
     samples = table[table["way"] == "sample"]
     samples = samples.assign(goals=(samples.filter(regex="^goal ") >= 0.1).sum(axis=1), minutes=samples["seconds"] / 60)
-    columns = [("step", "reward_sum", "return"), ("minutes", "reward_sum", "return"), ("step", "goals", "goals in use")]
+    labels = dict(step="environment steps", minutes="minutes of a core", reward_sum="return", goals="goals in use")
     rewards = list(samples["reward"].unique())
     figure, axes = plt.subplots(len(rewards), 3, figsize=(9, 2.6 * len(rewards)), layout="constrained", squeeze=False)
     for line, reward in zip(axes, rewards, strict=True):
-        for axis, (x, y, label) in zip(line, columns, strict=True):
+        for axis, (x, y) in zip(line, [("step", "reward_sum"), ("minutes", "reward_sum"), ("step", "goals")], strict=True):
             for name, runs in samples[samples["reward"] == reward].groupby("algorithm", sort=False):
-                by_step = runs.groupby("step")
-                axis.plot(by_step[x].mean() if x != "step" else by_step[y].mean().index, by_step[y].mean(), label=name)
-                lowest, highest = by_step[y].min(), by_step[y].max()
-                axis.fill_between(by_step[x].mean() if x != "step" else lowest.index, lowest, highest, alpha=0.2)
-            axis.set(
-                xlabel="environment steps" if x == "step" else "minutes of a core", ylabel=label, title=f"{reward} reward"
-            )
+                means, by_step = runs.groupby("step", as_index=False).mean(numeric_only=True), runs.groupby("step")[y]
+                axis.plot(means[x], means[y], label=name)
+                axis.fill_between(means[x], by_step.min(), by_step.max(), alpha=0.2)
+            axis.set(xlabel=labels[x], ylabel=labels[y], title=f"{reward} reward")
     axes[0, 0].legend()
     figure.savefig(output, dpi=110)
     plt.close(figure)
