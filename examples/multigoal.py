@@ -172,9 +172,10 @@ def draw(rows: pd.DataFrame, paths: dict[str, np.ndarray], output: Path) -> None
         labels = []
         for place, (key, runs) in enumerate(rows.groupby(["algorithm", "entropy", "steps"], dropna=False, sort=False)):
             name, entropy, steps = key
-            labels.append(f"{name}\n" + ("" if np.isnan(entropy) else f"{entropy:+g}\n") + f"{steps} steps")
+            labels.append(f"{name}\n{steps}" + ("" if np.isnan(entropy) else f"\n{entropy:+g}"))
             axis.plot(place + np.linspace(-0.2, 0.2, len(runs)), runs[column], "o", alpha=0.6)
         axis.set_xticks(range(len(labels)), labels, fontsize="x-small")
+        axis.set_xlabel("steps, target entropy", fontsize="x-small")
     axes[-2].set(title="return of single samples")
     axes[-1].set(title="goals in use", ylim=(-0.3, 4.3))
     figure.savefig(output, dpi=110)

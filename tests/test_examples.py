@@ -281,6 +281,18 @@ def test_in_mazes_the_nearest_goal_counts(reward: str) -> None:
     assert ended[0] is None and tuple(goals[ended[-1]].round(6)) == (2, 0)
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("reward, bound", [("dense", 28), ("sparse", 30)])
+def test_the_crossing_is_learned(reward: str, bound: float) -> None:
+    """A policy that stands still returns 7 and 0, one that goes straight to a goal 32 or more."""
+    example = load("mazes")
+    example.register_robotics()
+    model = example.make_model("MFPO", "point", reward, 0, 0.0).learn(10_000)
+    returned, shares = example.evaluate(model, example.make_env("point", reward), deterministic=False)
+    print(returned, shares)
+    assert returned > bound and shares.sum() > 0.95
+
+
 def test_multigoal_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.chdir(tmp_path)
     example = load("multigoal")
