@@ -68,8 +68,9 @@ class NearestGoal(gym.Wrapper):
     def __init__(self, env: gym.Env, repeat: int):
         super().__init__(env)
         self.repeat = repeat
-        self.goals = np.array(env.unwrapped.maze.unique_goal_locations)
-        size = env.observation_space["observation"].shape[0]
+        self.task: Any = env.unwrapped
+        self.goals = np.array(self.task.maze.unique_goal_locations)
+        size = self.task.observation_space["observation"].shape[0]
         self.observation_space = spaces.Box(-np.inf, np.inf, (size + 2,), np.float32)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
@@ -84,7 +85,7 @@ class NearestGoal(gym.Wrapper):
         place = observation["achieved_goal"]
         distances = np.linalg.norm(self.goals - place, axis=1)
         nearest = int(distances.argmin())
-        reward = self.env.unwrapped.compute_reward(place, self.goals[nearest], info)
+        reward = self.task.compute_reward(place, self.goals[nearest], info)
         goal = nearest if distances[nearest] <= RADIUS else None
         return self._flat(observation), float(reward), terminated, truncated, info | {"goal": goal}
 
