@@ -65,10 +65,10 @@ class NearestGoal(gym.Wrapper):
     :param repeat: How many steps an action is repeated for
     """
 
-    def __init__(self, env: gym.Env, repeat: int):
+    def __init__(self, env: Any, repeat: int):
         super().__init__(env)
         self.repeat = repeat
-        self.task: Any = env.unwrapped
+        self.task = env.unwrapped
         self.goals = np.array(self.task.maze.unique_goal_locations)
         size = self.task.observation_space["observation"].shape[0]
         self.observation_space = spaces.Box(-np.inf, np.inf, (size + 2,), np.float32)
