@@ -2,7 +2,7 @@
 What a suite's results say: learning curves by steps and by time, aggregates with rliable, a table in Markdown.
 
 Writes ``<suite>_curves.png``, ``<suite>_overview.png`` and ``<suite>_by_task.md``; once all runs are done
-``<suite>_aggregate.png`` and ``<suite>.md``, too. Scores are returns on the suite's scale for the task (0 and 1 are its
+``<suite>_aggregate.png``, ``<suite>.md`` and ``<suite>_differences.md``, too. Scores are returns on the suite's scale for the task (0 and 1 are its
 ``score``); intervals are 95 % bootstrap intervals, stratified by task.
 
     python benchmarks/report.py benchmarks/suites/defaults.yml
@@ -313,23 +313,51 @@ def table(rows: pd.DataFrame, suite: dict[str, Any]) -> str:
     return markdown(lines)
 
 
-def over_training(rows: pd.DataFrame) -> pd.DataFrame:
+def over_training(rows: pd.DataFrame, suite: dict[str, Any], column: str = "return") -> pd.DataFrame:
     """
-    Mean return of deterministic actions over training, by equal steps and by equal time: that of the quickest algorithm on
-    the task. Between two evaluations returns are on a line, before the first they are as there.
+    Mean over training of deterministic actions, by equal steps and by equal time: that of a run of the suite's ``equal_time``,
+    or of the quickest algorithm on a task that it has not done. Between two evaluations returns are on a line, before the
+    first they are as there.
 
     :param rows: From ``read_results``
+    :param suite: The suite
+    :param column: "return" or "score"
     :return: By algorithm, task and seed: ``steps`` and ``time``
     """
     rows = rows[rows["mode"] == "deterministic"].sort_values("step")
-    ends = rows.groupby(KEYS)["seconds"].last().groupby(["algorithm", "task"]).mean().groupby("task").min()
+    minutes = rows.groupby(KEYS)["seconds"].last().groupby(["task", "algorithm"]).mean()
+    ends = {task: runs.droplevel("task").get(suite.get("equal_time"), runs.min()) for task, runs in minutes.groupby("task")}
 
     def means(run: pd.DataFrame) -> pd.Series:
         moments = np.linspace(0, ends[run["task"].iloc[0]], 1000)
-        by_time = np.interp(moments, run["seconds"], run["return"]).mean()
-        return pd.Series({"steps": run["return"].mean(), "time": by_time})
+        by_time = np.interp(moments, run["seconds"], run[column]).mean()
+        return pd.Series({"steps": run[column].mean(), "time": by_time})
 
-    return rows.groupby(KEYS)[[*KEYS, "seconds", "return"]].apply(means)
+    return rows.groupby(KEYS)[[*KEYS, "seconds", column]].apply(means)
+
+
+def differences(rows: pd.DataFrame, suite: dict[str, Any]) -> str:
+    """
+    :param rows: From ``read_results``, of all runs of the suite
+    :param suite: The suite
+    :return: Markdown: by how much the first algorithm's IQM of the score over training is above every other's, with its interval
+    """
+    over = over_training(rows, suite, "score")
+    first, *others = suite["algorithms"]
+    heads = [f"{first} minus", "IQM over training, equal steps", "equal time"]
+    lines = [heads, ["---"] * len(heads), *([name] for name in others)]
+    for by in ("steps", "time"):
+        values = {name: over.loc[name, by].unstack("task").to_numpy() for name in suite["algorithms"]}
+        estimates, intervals = rly.get_interval_estimates(
+            {name: (values[first], values[name]) for name in others},
+            lambda ours, theirs: np.array([metrics.aggregate_iqm(ours) - metrics.aggregate_iqm(theirs)]),
+            reps=REPETITIONS,
+            random_state=np.random.RandomState(0),
+        )
+        for line, name in zip(lines[2:], others, strict=True):
+            low, high = intervals[name][:, 0]
+            line.append(f"{estimates[name][0]:+.2f} [{low:+.2f}, {high:+.2f}]")
+    return markdown(lines)
 
 
 def table_by_task(rows: pd.DataFrame, suite: dict[str, Any]) -> str:
@@ -339,7 +367,7 @@ def table_by_task(rows: pd.DataFrame, suite: dict[str, Any]) -> str:
     :return: Markdown: a line for each task and algorithm with the mean over training by equal steps and by equal time, the
         returns at the end, all with the range of the seeds, and the time of a run
     """
-    over, last = over_training(rows), rows.sort_values("step").groupby([*KEYS, "mode"]).last()
+    over, last = over_training(rows, suite), rows.sort_values("step").groupby([*KEYS, "mode"]).last()
     heads = ["task", "algorithm", "seeds", "over training, equal steps", "equal time", "at the end", "same, sample", "minutes"]
     lines = [heads, ["---"] * len(heads)]
     for task in suite["tasks"]:
@@ -389,6 +417,10 @@ def main(arguments: list[str] | None = None) -> None:
     draw_aggregate(rows, suite, options.images / f"{name}_aggregate.png")
     path.write_text(table(rows, suite) + "\n")
     print(path.read_text())
+    if len(suite["algorithms"]) > 1 and len(suite["seeds"]) > 1:
+        against = path.with_stem(f"{path.stem}_differences")
+        against.write_text(differences(rows, suite) + "\n")
+        print(against.read_text())
 
 
 if __name__ == "__main__":

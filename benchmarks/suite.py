@@ -8,6 +8,7 @@ A suite is a YAML file:
     episodes: 5           # of an evaluation, for each way of acting
     seeds: [0, 1, 2]
     params: {}            # hyperparameters for all, over those of the zoo's files; `callback` is a list
+    equal_time: SAC       # the algorithm whose run's time is the report's "equal time" (default: the quickest of a task)
     tasks:                # a Gymnasium id each
       Reacher-v5:
         score: [-43, -4]  # returns that count as 0 and 1 where tasks are averaged
@@ -50,7 +51,8 @@ from sb3_mfpo.zoo.registration import ALGORITHMS, hyperparameter_file
 # Seconds between two looks at a run's process
 INTERVAL = 0.2
 KEYS = ["algorithm", "task", "seed"]
-FIELDS = {"steps", "evaluations", "episodes", "seeds", "params", "tasks", "algorithms"}
+FIELDS = {"steps", "evaluations", "episodes", "seeds", "tasks", "algorithms"}
+OPTIONAL_FIELDS = {"params", "equal_time"}
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,11 @@ def read_suite(
     :raises ValueError: If something is missing or unknown
     """
     suite = yaml.safe_load(path.read_text())
-    if not isinstance(suite, dict) or suite.keys() - FIELDS or (FIELDS - {"params"}) - suite.keys():
+    if not isinstance(suite, dict) or suite.keys() - FIELDS - OPTIONAL_FIELDS or FIELDS - suite.keys():
         found = sorted(suite) if isinstance(suite, dict) else suite
-        raise ValueError(f"{path}: a suite has {sorted(FIELDS)} (`params` may be left out), not {found}.")
+        raise ValueError(f"{path}: a suite has {sorted(FIELDS)}, and may have {sorted(OPTIONAL_FIELDS)}, not {found}.")
+    if suite.get("equal_time", next(iter(suite["algorithms"]))) not in suite["algorithms"]:
+        raise ValueError(f"{path}: `equal_time` is one of {list(suite['algorithms'])}, not {suite['equal_time']!r}.")
     for name, kept in (("tasks", tasks), ("algorithms", algorithms)):
         if unknown := set(kept) - suite[name].keys():
             raise ValueError(f"{path} has the {name} {list(suite[name])}, not {sorted(unknown)}.")

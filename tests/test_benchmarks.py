@@ -274,11 +274,14 @@ def test_means_over_training_by_steps_and_by_time(tmp_path: Path) -> None:
     """Straight lines: A rises from 0 to 200 in three minutes, B from 0 to 300 in six."""
     table = made_up(tmp_path / "results.csv", {"A": [[0.0, 100.0, 200.0]], "B": [[0.0, 150.0, 300.0]]})
     table.loc[table["algorithm"] == "B", "seconds"] *= 2
-    means = report.over_training(table)
+    suite = TINY_SUITE | dict(algorithms={name: {"algo": "sac"} for name in "AB"})
+    means = report.over_training(table, suite)
     assert means["steps"].to_list() == [100, 150]
     # Within three minutes: A is at 0 for one and rises for two; B is at 0 for two and at 75 after three
     assert means["time"].to_list() == pytest.approx([2 / 3 * 100, 1 / 3 * 75 / 2], rel=1e-2)
-    suite = TINY_SUITE | dict(algorithms={name: {"algo": "sac"} for name in "AB"})
+    # Within B's six: A is at 200 for three more
+    means = report.over_training(table, suite | {"equal_time": "B"})
+    assert means["time"].to_list() == pytest.approx([400 / 3, 2 / 3 * 150], rel=1e-2)
     a, b = report.table_by_task(table, suite).splitlines()[2:]
     assert a == "| Pendulum-v1 | A | 1 | 100 | 66.7 | 200 | 100 | 3.0 |"
     assert b == "|  | B | 1 | 150 | 12.5 | 300 | 200 | 6.0 |"
@@ -290,6 +293,23 @@ def test_means_over_training_by_steps_and_by_time(tmp_path: Path) -> None:
         .splitlines()[2]
         .startswith("| Pendulum-v1 | A | 2 | 150 (100 to 200) | 100 (67 to 133)")
     )
+
+
+def test_differences_of_interquartile_means(tmp_path: Path) -> None:
+    """A is above B by about 50 at any time; 1 000 is scored 1."""
+    generator = np.random.default_rng(0)
+    b = generator.normal(500, 20, 40)
+    table = made_up(tmp_path / "results.csv", {"A": [[x + 50] for x in generator.permutation(b)], "B": [[x] for x in b]})
+    suite = TINY_SUITE | dict(algorithms={name: {"algo": "sac"} for name in "AB"}, tasks={"Pendulum-v1": {"score": [0, 1000]}})
+    rows = report.read_results(tmp_path / "results.csv", suite | {"seeds": list(range(40))})
+    assert len(rows) == len(table)
+    heads, _, line = report.differences(rows, suite).splitlines()
+    assert heads.startswith("| A minus |")
+    found = re.fullmatch(r"\| B \| (\S+) \[(\S+), (\S+)\] \| (\S+) \[(\S+), (\S+)\] \|", line)
+    assert found is not None
+    for estimate, low, high in (map(float, found.groups()[:3]), map(float, found.groups()[3:])):
+        # Two means of twenty values: a standard deviation of 6
+        assert estimate == 0.05 and 0.03 <= low < 0.05 < high <= 0.07
 
 
 def test_curves_of_others_are_drawn_as_far_as_ours_go() -> None:
@@ -322,6 +342,8 @@ def test_a_part_of_a_suite(tmp_path: Path) -> None:
         suites.read_suite(path, seeds=[0, 3])
     with pytest.raises(ValueError, match=r"has the tasks \['Pendulum-v1'\], not \['Hopper-v5'\]"):
         suites.read_suite(path, tasks=["Hopper-v5"])
+    with pytest.raises(ValueError, match=r"`equal_time` is one of \['MFPO'\], not 'SAC'"):
+        suites.read_suite(write_suite(tmp_path, equal_time="SAC"))
 
 
 def test_a_report_on_a_part_of_the_runs_has_no_aggregates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
