@@ -2,8 +2,8 @@
 What a suite's results say: learning curves by steps and by time, aggregates with rliable, a table in Markdown.
 
 Writes ``<suite>_curves.png``, ``<suite>_overview.png`` and ``<suite>_by_task.md``; once all runs are done
-``<suite>_aggregate.png``, ``<suite>.md`` and ``<suite>_differences.md``, too. Scores are returns on the suite's scale for the task (0 and 1 are its
-``score``); intervals are 95 % bootstrap intervals, stratified by task.
+``<suite>_aggregate.png``, ``<suite>.md`` and ``<suite>_differences.md``, too. Scores are returns on the suite's scale for the
+task (0 and 1 are its ``score``); intervals are 95 % bootstrap intervals, stratified by task.
 
     python benchmarks/report.py benchmarks/suites/defaults.yml
 """
@@ -340,7 +340,7 @@ def differences(rows: pd.DataFrame, suite: dict[str, Any]) -> str:
     """
     :param rows: From ``read_results``, of all runs of the suite
     :param suite: The suite
-    :return: Markdown: by how much the first algorithm's IQM of the score over training is above every other's, with its interval
+    :return: Markdown: the first algorithm's IQM of the score over training minus that of every other, with its interval
     """
     over = over_training(rows, suite, "score")
     first, *others = suite["algorithms"]
