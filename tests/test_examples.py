@@ -281,16 +281,25 @@ def test_in_mazes_the_nearest_goal_counts(reward: str) -> None:
     assert ended[0] is None and tuple(goals[ended[-1]].round(6)) == (2, 0)
 
 
-@pytest.mark.nightly
-@pytest.mark.parametrize("reward, bound", [("dense", 28), ("sparse", 30)])
-def test_the_crossing_is_learned(reward: str, bound: float) -> None:
-    """A policy that stands still returns 7 and 0, one that goes straight to a goal 32 or more."""
+@pytest.mark.parametrize(
+    "reward, steps, bound",
+    [
+        ("sparse", 5_000, 20),
+        pytest.param("sparse", 10_000, 30, marks=pytest.mark.nightly),
+        pytest.param("dense", 10_000, 28, marks=pytest.mark.nightly),
+    ],
+)
+def test_the_crossing_is_learned(reward: str, steps: int, bound: float) -> None:
+    """
+    With the sparse reward and the dense one, a policy that stands still returns 0 and 7, one that pushes against a wall 5 and
+    21, one that goes straight to a goal 32 or more.
+    """
     example = load("mazes")
     example.register_robotics()
-    model = example.make_model("MFPO", "point", reward, 0, 0.0).learn(10_000)
-    returned, shares = example.evaluate(model, example.make_env("point", reward), deterministic=False)
+    model = example.make_model("MFPO", "point", reward, 0, 0.0).learn(steps)
+    returned, shares = example.evaluate(model, example.make_env("point", reward), deterministic=steps < 10_000)
     print(returned, shares)
-    assert returned > bound and shares.sum() > 0.95
+    assert returned > bound and shares.sum() > 0.9
 
 
 def test_multigoal_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
