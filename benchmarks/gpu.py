@@ -216,7 +216,7 @@ class Results:
         """
         :return: Those written before
         """
-        return pd.read_csv(self.csv) if self.csv.exists() and self.csv.stat().st_size > 1 else pd.DataFrame()
+        return run.read_rows(self.csv) if self.csv.exists() and self.csv.stat().st_size > 1 else pd.DataFrame()
 
     def write(self, rows: pd.DataFrame, done: bool, **more: Any) -> None:
         """
@@ -411,7 +411,7 @@ def curves(suite: dict[str, Any], folder: Path, finished: Path) -> pd.DataFrame:
     :return: Per run: its evaluations, and the mean return of training episodes (mode "training") every so many steps; their
         seconds are those of the wall clock
     """
-    ended = pd.read_csv(finished).set_index(KEYS).sort_index() if finished.exists() else None
+    ended = run.read_rows(finished).set_index(KEYS).sort_index() if finished.exists() else None
     tables = []
     for one in runs_of(suite):
         place, evaluations = folder_of(one, folder), folder_of(one, folder) / "evaluations.csv"

@@ -52,12 +52,20 @@ def commit() -> str:
     return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+changes" if changed else "")
 
 
+def read_rows(path: Path) -> pd.DataFrame:
+    """
+    :param path: CSV file of results
+    :return: Its rows; a commit is a text, also one such as 0902e35, which could be a number
+    """
+    return pd.read_csv(path, dtype={"commit": str})
+
+
 def append(rows: pd.DataFrame, path: Path) -> None:
     """
     :param rows: A run's
     :param path: The CSV file, written anew: it is whole at any time
     """
-    table = pd.concat([pd.read_csv(path), rows]) if path.exists() else rows
+    table = pd.concat([read_rows(path), rows]) if path.exists() else rows
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         table.to_csv(file, index=False)

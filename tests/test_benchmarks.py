@@ -64,6 +64,12 @@ def test_a_suite_from_start_to_report(tmp_path: Path) -> None:
         assert (tmp_path / f"smoke_{name}.png").stat().st_size > 20_000
 
 
+def test_rows_keep_a_commit_that_could_be_a_number(tmp_path: Path) -> None:
+    for commit in ("0902e35", "0123456"):
+        run.append(pd.DataFrame([dict(step=1, commit=commit)]), tmp_path / "results.csv")
+    assert (tmp_path / "results.csv").read_text() == "step,commit\n1,0902e35\n1,0123456\n"
+
+
 @pytest.mark.parametrize(("algo", "by"), [("mfpo", "a signal"), ("sac", "its minutes")])
 def test_an_interrupted_suite_resumes_from_the_checkpoint(
     algo: str, by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
