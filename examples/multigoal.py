@@ -162,7 +162,7 @@ def steps_until(model: Any, reached: Callable[[float, np.ndarray], bool]) -> flo
 
 def draw(rows: pd.DataFrame, paths: dict[str, np.ndarray], output: Path) -> None:
     """Paths of each algorithm's first run; then the returns and the goals in use of all runs."""
-    figure, axes = plt.subplots(1, len(paths) + 2, figsize=(2.9 * (len(paths) + 2), 3.2), layout="constrained")
+    figure, axes = plt.subplots(1, len(paths) + 2, figsize=(2.9 * (len(paths) + 2), 3.6), layout="constrained")
     for axis, (name, lines) in zip(axes, paths.items(), strict=False):
         for goal in GOALS:
             axis.add_patch(plt.Circle(goal, RADIUS, color="tab:green", alpha=0.4))
@@ -172,10 +172,10 @@ def draw(rows: pd.DataFrame, paths: dict[str, np.ndarray], output: Path) -> None
         labels = []
         for place, (key, runs) in enumerate(rows.groupby(["algorithm", "entropy", "steps"], dropna=False, sort=False)):
             name, entropy, steps = key
-            labels.append(f"{name}\n{steps}" + ("" if np.isnan(entropy) else f"\n{entropy:+g}"))
+            labels.append(f"{name}, {steps}" + ("" if np.isnan(entropy) else f", {entropy:+g}"))
             axis.plot(place + np.linspace(-0.2, 0.2, len(runs)), runs[column], "o", alpha=0.6)
-        axis.set_xticks(range(len(labels)), labels, fontsize="x-small")
-        axis.set_xlabel("steps, target entropy", fontsize="x-small")
+        axis.set_xticks(range(len(labels)), labels, fontsize="x-small", rotation=90)
+        axis.set_xlabel("algorithm, steps, target entropy", fontsize="x-small")
     axes[-2].set(title="return of single samples")
     axes[-1].set(title="goals in use", ylim=(-0.3, 4.3))
     figure.savefig(output, dpi=110)
