@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,18 +87,29 @@ def interquartile_means(by_algorithm: dict[str, np.ndarray]) -> tuple[dict[str, 
     )
 
 
+def against_first(
+    by_algorithm: dict[str, np.ndarray], statistic: Callable[[np.ndarray, np.ndarray], Any]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """
+    :param by_algorithm: From ``scores``
+    :param statistic: Of the scores of the first algorithm and of another
+    :return: It and its interval, by "first|other"
+    """
+    first, *others = by_algorithm
+    return rly.get_interval_estimates(
+        {f"{first}|{other}": (by_algorithm[first], by_algorithm[other]) for other in others},
+        statistic,
+        reps=REPETITIONS,
+        random_state=np.random.RandomState(0),
+    )
+
+
 def improvements(by_algorithm: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """
     :param by_algorithm: From ``scores``
     :return: Probability that a run of the first algorithm is better than one of another, and its interval, by "first|other"
     """
-    first, *others = by_algorithm
-    return rly.get_interval_estimates(
-        {f"{first}|{other}": (by_algorithm[first], by_algorithm[other]) for other in others},
-        metrics.probability_of_improvement,
-        reps=REPETITIONS,
-        random_state=np.random.RandomState(0),
-    )
+    return against_first(by_algorithm, metrics.probability_of_improvement)
 
 
 def draw_curves(rows: pd.DataFrame, suite: dict[str, Any], path: Path) -> None:
@@ -325,8 +337,8 @@ def over_training(rows: pd.DataFrame, suite: dict[str, Any], column: str = "retu
     :return: By algorithm, task and seed: ``steps`` and ``time``
     """
     rows = rows[rows["mode"] == "deterministic"].sort_values("step")
-    minutes = rows.groupby(KEYS)["seconds"].last().groupby(["task", "algorithm"]).mean()
-    ends = {task: runs.droplevel("task").get(suite.get("equal_time"), runs.min()) for task, runs in minutes.groupby("task")}
+    seconds = rows.groupby(KEYS)["seconds"].last().groupby(["task", "algorithm"]).mean()
+    ends = {task: runs.droplevel("task").get(suite.get("equal_time"), runs.min()) for task, runs in seconds.groupby("task")}
 
     def means(run: pd.DataFrame) -> pd.Series:
         moments = np.linspace(0, ends[run["task"].iloc[0]], 1000)
@@ -347,16 +359,13 @@ def differences(rows: pd.DataFrame, suite: dict[str, Any]) -> str:
     heads = [f"{first} minus", "IQM over training, equal steps", "equal time"]
     lines = [heads, ["---"] * len(heads), *([name] for name in others)]
     for by in ("steps", "time"):
-        values = {name: over.loc[name, by].unstack("task").to_numpy() for name in suite["algorithms"]}
-        estimates, intervals = rly.get_interval_estimates(
-            {name: (values[first], values[name]) for name in others},
+        estimates, intervals = against_first(
+            {name: over.loc[name, by].unstack("task").to_numpy() for name in suite["algorithms"]},
             lambda ours, theirs: np.array([metrics.aggregate_iqm(ours) - metrics.aggregate_iqm(theirs)]),
-            reps=REPETITIONS,
-            random_state=np.random.RandomState(0),
         )
-        for line, name in zip(lines[2:], others, strict=True):
-            low, high = intervals[name][:, 0]
-            line.append(f"{estimates[name][0]:+.2f} [{low:+.2f}, {high:+.2f}]")
+        for line, pair in zip(lines[2:], estimates, strict=True):
+            low, high = intervals[pair][:, 0]
+            line.append(f"{estimates[pair][0]:+.2f} [{low:+.2f}, {high:+.2f}]")
     return markdown(lines)
 
 

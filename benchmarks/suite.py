@@ -88,7 +88,7 @@ def read_suite(
     if not isinstance(suite, dict) or suite.keys() - FIELDS - OPTIONAL_FIELDS or FIELDS - suite.keys():
         found = sorted(suite) if isinstance(suite, dict) else suite
         raise ValueError(f"{path}: a suite has {sorted(FIELDS)}, and may have {sorted(OPTIONAL_FIELDS)}, not {found}.")
-    if suite.get("equal_time", next(iter(suite["algorithms"]))) not in suite["algorithms"]:
+    if suite.get("equal_time") not in (None, *suite["algorithms"]):
         raise ValueError(f"{path}: `equal_time` is one of {list(suite['algorithms'])}, not {suite['equal_time']!r}.")
     for name, kept in (("tasks", tasks), ("algorithms", algorithms)):
         if unknown := set(kept) - suite[name].keys():
