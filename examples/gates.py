@@ -30,7 +30,7 @@ N_WALLS = 3
 OPENINGS = np.array([-0.6, 0.0, 0.6], dtype=np.float32)
 HALF_WIDTH = 0.1
 
-SHARED: dict[str, Any] = dict(learning_rate=1e-3, learning_starts=500, batch_size=256, buffer_size=20_000)
+SHARED: dict[str, Any] = dict(learning_rate=1e-3, learning_starts=500, batch_size=256, buffer_size=20_000, tau=0.005)
 # Rewards are at most 1 a step: the range of the values is known, and their distributions start near 0
 NETWORKS: dict[str, Any] = dict(net_arch=[64, 64], v_min=-5, v_max=5, value_init="narrow")
 ALGORITHMS: dict[str, tuple[Any, dict[str, Any]]] = {

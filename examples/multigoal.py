@@ -46,7 +46,7 @@ FURTHER_STEPS = 1000
 # Of TD3's actions, in training and in evaluations
 NOISE = 0.1
 
-SHARED: dict[str, Any] = dict(learning_rate=1e-3, learning_starts=RANDOM_STEPS, buffer_size=20_000, device="cpu")
+SHARED: dict[str, Any] = dict(learning_rate=1e-3, learning_starts=RANDOM_STEPS, buffer_size=20_000, tau=0.005, device="cpu")
 NETWORKS: dict[str, Any] = dict(net_arch=[64, 64])
 ALGORITHMS: dict[str, tuple[Any, dict[str, Any]]] = {
     # A temperature that begins high keeps all goals until their values are known

@@ -148,6 +148,7 @@ class MFPO(MeanFlowAlgorithm):
 
     # The paper's settings, where they differ: `MFPO("MlpPolicy", env, **MFPO.PAPER)`
     PAPER: ClassVar[dict[str, Any]] = dict(
+        tau=0.005,
         n_policy_samples=16,
         n_gaussian_samples=32,
         n_local_samples=0,
@@ -176,7 +177,7 @@ class MFPO(MeanFlowAlgorithm):
         buffer_size: int = 1_000_000,
         learning_starts: int = 100,
         batch_size: int = 256,
-        tau: float = 0.005,
+        tau: float = 0.01,
         gamma: float = 0.99,
         train_freq: int | tuple[int, str] = 1,
         gradient_steps: int = 1,
