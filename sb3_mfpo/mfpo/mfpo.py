@@ -78,7 +78,7 @@ class MFPO(MeanFlowAlgorithm):
         in ``gymnasium.wrappers.DtypeObservation(env, np.float32)``, those of MuJoCo take half the memory.
     :param learning_starts: How many steps of uniformly random actions to collect before learning starts
     :param batch_size: Minibatch size for each gradient update
-    :param tau: Soft update coefficient of the target critics ("Polyak update", in [0, 1])
+    :param tau: Soft update coefficient of the target critics ("Polyak update", in [0, 1]), by default twice SAC's
     :param gamma: Discount factor in [0, 1]
     :param train_freq: Update the model every ``train_freq`` steps. Alternatively pass a tuple of frequency and unit like
         ``(5, "step")`` or ``(2, "episode")``.

@@ -65,7 +65,7 @@ class SOM(MeanFlowAlgorithm):
         in ``gymnasium.wrappers.DtypeObservation(env, np.float32)``, those of MuJoCo take half the memory.
     :param learning_starts: How many steps of uniformly random actions to collect before learning starts
     :param batch_size: Minibatch size for each gradient update
-    :param tau: Soft update coefficient of the target critics ("Polyak update", in [0, 1])
+    :param tau: Soft update coefficient of the target critics ("Polyak update", in [0, 1]), by default twice TD3's
     :param gamma: Discount factor in [0, 1]
     :param train_freq: Update the model every ``train_freq`` steps. Alternatively pass a tuple of frequency and unit like
         ``(5, "step")`` or ``(2, "episode")``.
@@ -130,7 +130,7 @@ class SOM(MeanFlowAlgorithm):
         buffer_size: int = 1_000_000,
         learning_starts: int = 100,
         batch_size: int = 256,
-        tau: float = 0.005,
+        tau: float = 0.01,
         gamma: float = 0.99,
         train_freq: int | tuple[int, str] = 1,
         gradient_steps: int = 1,
