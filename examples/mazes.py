@@ -110,7 +110,7 @@ def make_model(algorithm: str, maze: str, reward: str, seed: int, entropy: float
         learning_rate=1e-3 if maze == "point" else 3e-4,
         learning_starts=RANDOM_STEPS,
         buffer_size=200_000,
-        tau=0.01,
+        tau=0.005,
         policy_kwargs=dict(net_arch=MAZES[maze][3]),
         seed=seed,
         device="cpu",
