@@ -80,7 +80,7 @@ def record_arguments(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> 
 
 
 @pytest.mark.parametrize(
-    "algorithm, other, different", [(MFPO, SAC, {"ent_coef"}), (SOM, TD3, {"learning_rate", "policy_delay"})]
+    "algorithm, other, different", [(MFPO, SAC, {"ent_coef", "tau"}), (SOM, TD3, {"learning_rate", "policy_delay", "tau"})]
 )
 def test_arguments_are_those_of_sb3_in_the_same_order(algorithm: Algorithm, other: type, different: set[str]) -> None:
     theirs = inspect.signature(other.__init__).parameters
