@@ -52,9 +52,12 @@ class Evaluation(BaseCallback):
         self._start = self._clock()
 
     def _on_step(self) -> bool:
+        # At every step, because a checkpoint may be written at any
+        now = self._clock()
+        self.seconds += now - self._start
+        self._start = now
         if self.num_timesteps // self.every > self.evaluations:
             self.evaluations = self.num_timesteps // self.every
-            self.seconds += self._clock() - self._start
             self._evaluate()
             self._start = self._clock()
         return True

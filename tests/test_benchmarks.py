@@ -25,6 +25,7 @@ import suite as suites
 import torch as th
 import variants
 import yaml
+from evaluation import Evaluation
 from peers import PEERS, RESUMABLE
 from ray.cluster_utils import Cluster
 from scipy.stats import kstest, trim_mean, truncnorm
@@ -101,6 +102,19 @@ def test_an_interrupted_suite_resumes_from_the_checkpoint(
     # The episodes before the interruption are there, too
     newest_monitor = max(folder.rglob("*.monitor.csv"), key=lambda path: path.stat().st_mtime)
     assert pd.read_csv(newest_monitor, comment="#")["l"].sum() == 1000
+
+
+def test_an_evaluation_s_clock_counts_the_steps_since_the_last_one(tmp_path: Path) -> None:
+    def learn(model: Any, steps: int) -> Evaluation:
+        evaluation = Evaluation("Pendulum-v1", 100, 1, 0, str(tmp_path / "evaluations.csv"))
+        model.learn(steps, callback=[evaluation, RunCheckpointCallback(80, tmp_path)])
+        return evaluation
+
+    sac = RESUMABLE["sac"]
+    before = learn(sac("MlpPolicy", "Pendulum-v1", seed=0, learning_starts=0, device="cpu"), 80)
+    assert before.rows == [] and before.seconds > 0.1
+    after = learn(sac.resume(tmp_path, "Pendulum-v1", device="cpu"), 100)
+    assert after.rows[0]["step"] == 100 and after.rows[0]["seconds"] >= round(before.seconds, 1)
 
 
 @pytest.mark.parametrize("name", RESUMABLE)
