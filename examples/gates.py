@@ -45,6 +45,7 @@ ALGORITHMS: dict[str, tuple[Any, dict[str, Any]]] = {
             n_local_samples=12,
             policy_delay=1,
             ent_coef_rate=3.0,
+            actor_rate=1.0,
             actor_tau=0.01,
             critic_reduction="min",
             policy_kwargs=NETWORKS,

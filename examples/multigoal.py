@@ -50,7 +50,7 @@ SHARED: dict[str, Any] = dict(learning_rate=1e-3, learning_starts=RANDOM_STEPS, 
 NETWORKS: dict[str, Any] = dict(net_arch=[64, 64])
 ALGORITHMS: dict[str, tuple[Any, dict[str, Any]]] = {
     # A temperature that begins high keeps all goals until their values are known
-    "MFPO": (MFPO, dict(ent_coef="auto_1", policy_kwargs=NETWORKS)),
+    "MFPO": (MFPO, dict(ent_coef="auto_1", actor_rate=1.0, policy_kwargs=NETWORKS)),
     "SOM": (SOM, dict(policy_kwargs=NETWORKS)),
     "SAC": (SAC, dict(policy_kwargs=NETWORKS)),
     "TD3": (TD3, dict(action_noise=NormalActionNoise(np.zeros(2), np.full(2, NOISE)), policy_kwargs=NETWORKS)),

@@ -60,7 +60,7 @@ def two_moons() -> Mixture:
 
 TARGETS = {"six modes": six_modes(), "two moons": two_moons()}
 # This is about the flow: the papers' networks, an update of the policy at every step, and four times the default's proposals
-FLOW: dict[str, Any] = dict(policy_kwargs=dict(net_arch=[256, 256, 256]), policy_delay=1, actor_tau=0.01)
+FLOW: dict[str, Any] = dict(policy_kwargs=dict(net_arch=[256, 256, 256]), policy_delay=1, actor_rate=1.0, actor_tau=0.01)
 ALGORITHMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "MFPO": (MFPO, dict(FLOW, ent_coef=1.0, n_gaussian_samples=36, n_local_samples=12)),
     "SOM": (SOM, dict(FLOW, inverse_temperature=1.0, normalize_q=False)),

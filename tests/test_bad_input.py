@@ -57,6 +57,7 @@ ARGUMENTS_OF_ALL: list[tuple[dict[str, Any], str]] = [
     (dict(equal_time_share=-0.1), "`equal_time_share`"),
     (dict(equal_time_share=float("nan")), "`equal_time_share`"),
     (dict(tau=2.0), "`tau`"),
+    (dict(actor_rate=0.0), "`actor_rate` must be above 0, not 0.0"),
     (dict(actor_tau=0.0), "`actor_tau` must be above 0, not 0.0"),
     (dict(actor_tau=1.5), r"`actor_tau` must be a number in \[0, 1\], not 1.5"),
     (dict(gamma=-0.5), "`gamma`"),

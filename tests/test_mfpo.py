@@ -25,7 +25,7 @@ def test_defaults() -> None:
     assert make_model(MFPO, target_entropy=0.7).target_entropy == 0.7
     assert model._temperature().item() == pytest.approx(0.01)
     assert (model.n_policy_samples, model.n_gaussian_samples, model.n_local_samples) == (0, 6, 6)
-    assert (model.n_probes, model.ent_coef_rate, model.actor_tau) == (2, 12.0, 0.04)
+    assert (model.n_probes, model.ent_coef_rate, model.actor_rate, model.actor_tau) == (2, 12.0, 3.0, 0.04)
     assert (model.intervals, model.equal_time_share, model.uniform_time_share) == ("grid", 0.5, 0.5)
     assert (model.time_mean, model.time_std) == (-0.4, 1.0)
     assert (model.critic_reduction, model.policy_delay, model.target_update_interval) == ("auto", 8, 1)
@@ -46,7 +46,8 @@ def test_the_papers_settings() -> None:
     model = MFPO("MlpPolicy", RandomEnv(), buffer_size=10, device="cpu", **MFPO.PAPER)
     # No other proposals, the entropy by the divergence network, one learning rate, no average
     assert (model.n_policy_samples, model.n_gaussian_samples, model.n_local_samples) == (16, 32, 0)
-    assert (model.n_probes, model.ent_coef_rate, model.actor_tau, model.policy_delay) == (2, None, 1.0, 1)
+    assert (model.n_probes, model.ent_coef_rate, model.actor_rate, model.actor_tau) == (2, None, 1.0, 1.0)
+    assert model.policy_delay == 1
     # Logit-normal pairs, a quarter of them with r < t
     assert (model.intervals, model.equal_time_share, model.uniform_time_share) == ("any", 0.75, 0.0)
     assert (model.time_mean, model.time_std, model.critic_reduction) == (-0.4, 1.0, "min")
@@ -59,15 +60,16 @@ def test_the_papers_settings() -> None:
     assert policy.divergence.input_layer.weight.shape == (256, 2 + 3 + 64)
 
 
-def test_temperature_learns_at_its_own_rate() -> None:
+def test_policy_and_temperature_learn_at_rates_of_their_own() -> None:
     """Whatever the learning rate's schedule says, as many times as much."""
-    model = make_model(MFPO, learning_rate=lambda remaining: 1e-3 * (1 + remaining), ent_coef_rate=4.0).learn(10)
+    rates = dict(learning_rate=lambda remaining: 1e-3 * (1 + remaining), actor_rate=2.0, ent_coef_rate=4.0)
+    model = make_model(MFPO, **rates).learn(10)
     for progress in (1.0, 0.5, 0.0):
         model._current_progress_remaining = progress
         model._update_learning_rate(model._optimizers())
-        rates = [group["lr"] for optimizer in model._optimizers() for group in optimizer.param_groups]
-        assert rates[-1] == pytest.approx(4e-3 * (1 + progress))
-        assert rates[:-1] == pytest.approx([1e-3 * (1 + progress)] * 3)
+        found = [group["lr"] for optimizer in model._optimizers() for group in optimizer.param_groups]
+        # Actor, critics, divergence network, temperature
+        assert found == pytest.approx([factor * (1 + progress) for factor in (2e-3, 1e-3, 2e-3, 4e-3)])
 
 
 @pytest.mark.parametrize(

@@ -316,6 +316,7 @@ def trainings(draw: Any, algorithm: Algorithm) -> tuple[RandomEnv, dict[str, Any
         time_mean=draw(st.floats(-2, 2)),
         time_std=draw(st.floats(0, 2)),
         critic_reduction=draw(st.sampled_from(["auto", "min", "mean"])),
+        actor_rate=draw(st.floats(0.1, 10)),
         actor_tau=draw(st.floats(0.001, 1)),
         seed=draw(st.integers(0, 1000)),
     )

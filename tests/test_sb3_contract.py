@@ -730,9 +730,10 @@ def test_learning_rate_schedule_reaches_every_optimizer(algorithm: Algorithm) ->
     model = make_model(algorithm, learning_rate=lambda progress: 1e-3 * progress + 1e-5).learn(40)
     states = [value for name, value in model.get_parameters().items() if name in OPTIMIZERS[algorithm]]
     rates = [group["lr"] for state in states for group in state["param_groups"]]
-    # Those of a learned temperature come last
-    last = model.ent_coef_rate if isinstance(model, MFPO) else 1
-    assert rates == pytest.approx([1e-5] * (len(OPTIMIZERS[algorithm]) - 1) + [1e-5 * last])
+    # Actor and critics, in MFPO divergence network and temperature, too
+    actor = model.actor_rate
+    factors = [actor, 1, actor, model.ent_coef_rate] if isinstance(model, MFPO) else [actor, 1]
+    assert rates == pytest.approx([1e-5 * factor for factor in factors])
 
 
 def test_learn_twice_continues(algorithm: Algorithm) -> None:

@@ -12,7 +12,6 @@ from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, ReplayBufferSamples, Schedule
-from stable_baselines3.common.utils import update_learning_rate
 
 from sb3_mfpo.checks import check_integer, check_range
 from sb3_mfpo.maths import boltzmann
@@ -72,8 +71,8 @@ class MFPO(MeanFlowAlgorithm):
 
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy)
     :param env: The environment to learn from (if registered in Gym, can be str); a Box action space with finite bounds
-    :param learning_rate: Learning rate of all optimizers (actor, critics, divergence network; the temperature's is
-        ``ent_coef_rate`` times this); it can be a function of the current progress remaining (from 1 to 0)
+    :param learning_rate: Learning rate of the critics; that of actor and divergence network is ``actor_rate`` times this, the
+        temperature's ``ent_coef_rate`` times; it can be a function of the current progress remaining (from 1 to 0)
     :param buffer_size: Size of the replay buffer, in transitions. Observations are kept in the environment's own type: wrapped
         in ``gymnasium.wrappers.DtypeObservation(env, np.float32)``, those of MuJoCo take half the memory.
     :param learning_starts: How many steps of uniformly random actions to collect before learning starts
@@ -119,6 +118,8 @@ class MFPO(MeanFlowAlgorithm):
         the entropy is 0.3 nats per action coordinate or more from its target; in proportion where it is closer, and downwards
         also where the velocity estimate rests on fewer than two proposals (an effective sample size below 2). ``None``
         takes a step of Adam down SAC's loss, as in the paper: one length everywhere, so that the entropy swings.
+    :param actor_rate: By how many times ``learning_rate`` actor and divergence network learn, above 0; they learn seldom
+        (``policy_delay``). 1 in the paper.
     :param actor_tau: Soft update coefficient in (0, 1] of the target actor, which acts; 1 makes it the actor itself, as in the
         paper
     :param intervals: Time intervals that the flow is trained on: those of the sampler's steps ("grid"), which suit
@@ -153,6 +154,7 @@ class MFPO(MeanFlowAlgorithm):
         n_gaussian_samples=32,
         n_local_samples=0,
         ent_coef_rate=None,
+        actor_rate=1.0,
         actor_tau=1.0,
         policy_delay=1,
         intervals="any",
@@ -205,6 +207,7 @@ class MFPO(MeanFlowAlgorithm):
         n_local_samples: int = 6,
         n_probes: int = 2,
         ent_coef_rate: float | None = 12.0,
+        actor_rate: float = 3.0,
         actor_tau: float = 0.04,
         intervals: str = "grid",
         equal_time_share: float = 0.5,
@@ -237,6 +240,7 @@ class MFPO(MeanFlowAlgorithm):
             replay_buffer_kwargs=replay_buffer_kwargs,
             optimize_memory_usage=optimize_memory_usage,
             n_steps=n_steps,
+            actor_rate=actor_rate,
             actor_tau=actor_tau,
             target_update_interval=target_update_interval,
             stats_window_size=stats_window_size,
@@ -317,9 +321,10 @@ class MFPO(MeanFlowAlgorithm):
 
     def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
         super()._update_learning_rate(optimizers)
+        if isinstance(self.divergence, AverageDivergenceNetwork):
+            self._set_rate(self.divergence.optimizer, self.actor_rate)
         if self.ent_coef_optimizer is not None and self.ent_coef_rate is not None:
-            rate = self.ent_coef_rate * self.lr_schedule(self._current_progress_remaining)
-            update_learning_rate(self.ent_coef_optimizer, rate)
+            self._set_rate(self.ent_coef_optimizer, self.ent_coef_rate)
 
     def _draw(self, batch_size: int) -> GradientStepDraws:
         d, n_policy = get_action_dim(self.action_space), max(self.n_policy_samples, 1)

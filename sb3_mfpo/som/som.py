@@ -59,8 +59,8 @@ class SOM(MeanFlowAlgorithm):
 
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy)
     :param env: The environment to learn from (if registered in Gym, can be str); a Box action space with finite bounds
-    :param learning_rate: Learning rate of all optimizers (actor, critics); it can be a function of the current progress
-        remaining (from 1 to 0)
+    :param learning_rate: Learning rate of the critics, the actor's is ``actor_rate`` times this; it can be a function of the
+        current progress remaining (from 1 to 0)
     :param buffer_size: Size of the replay buffer, in transitions. Observations are kept in the environment's own type: wrapped
         in ``gymnasium.wrappers.DtypeObservation(env, np.float32)``, those of MuJoCo take half the memory.
     :param learning_starts: How many steps of uniformly random actions to collect before learning starts
@@ -99,6 +99,7 @@ class SOM(MeanFlowAlgorithm):
     :param score_norm: Length w that all scores are normalised to, as stated in the paper; None leaves them as they are
     :param path: Path from actions to noise, "linear" or "vp" (variance-preserving, as stated in the paper)
     :param adaptive_loss: Whether to weight each state's squared error by 1 / (its sum + 0.001), as stated in the paper
+    :param actor_rate: By how many times ``learning_rate`` the actor learns, above 0; it learns seldom (``policy_delay``)
     :param actor_tau: Soft update coefficient in (0, 1] of the target actor, which acts; 1 makes it the actor itself
     :param intervals: Time intervals that the flow is trained on: "any", as in the paper, or those of the sampler's steps
         ("grid"), as in MFPO
@@ -156,6 +157,7 @@ class SOM(MeanFlowAlgorithm):
         score_norm: float | None = None,
         path: str = "linear",
         adaptive_loss: bool = False,
+        actor_rate: float = 1.0,
         actor_tau: float = 0.02,
         intervals: str = "any",
         equal_time_share: float = 0.25,
@@ -182,6 +184,7 @@ class SOM(MeanFlowAlgorithm):
             replay_buffer_kwargs=replay_buffer_kwargs,
             optimize_memory_usage=optimize_memory_usage,
             n_steps=n_steps,
+            actor_rate=actor_rate,
             actor_tau=actor_tau,
             target_update_interval=target_update_interval,
             stats_window_size=stats_window_size,

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch as th
 from stable_baselines3.common.preprocessing import get_action_dim
+from stable_baselines3.common.utils import update_learning_rate
 
 from sb3_mfpo.checks import check_choice, check_range
 from sb3_mfpo.maths.boltzmann import latin_hypercube
@@ -36,6 +37,7 @@ class MeanFlowAlgorithm(ActorCriticAlgorithm):
     Off-policy actor-critic with a mean-flow policy.
 
     :param args: Those of ``ActorCriticAlgorithm``
+    :param actor_rate: By how many times ``learning_rate`` the actor learns, above 0
     :param intervals: "grid" (r is the end of the sampler's step through t) or "any" (r is drawn)
     :param equal_time_share: Share in [0, 1] of a batch with r = t, that is of plain flow matching
     :param uniform_time_share: Share in [0, 1] of times that are uniform; the others are logit-normal
@@ -50,6 +52,7 @@ class MeanFlowAlgorithm(ActorCriticAlgorithm):
     def __init__(
         self,
         *args: Any,
+        actor_rate: float,
         intervals: str,
         equal_time_share: float,
         uniform_time_share: float,
@@ -58,6 +61,7 @@ class MeanFlowAlgorithm(ActorCriticAlgorithm):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
+        self.actor_rate = actor_rate
         self.intervals = intervals
         self.equal_time_share = equal_time_share
         self.uniform_time_share = uniform_time_share
@@ -66,11 +70,23 @@ class MeanFlowAlgorithm(ActorCriticAlgorithm):
 
     def _check_arguments(self) -> None:
         super()._check_arguments()
+        check_range("actor_rate", self.actor_rate, above=0)
         check_choice("intervals", self.intervals, INTERVALS)
         for name in ("equal_time_share", "uniform_time_share"):
             check_range(name, getattr(self, name), 0, 1)
         check_range("time_mean", self.time_mean)
         check_range("time_std", self.time_std, low=0)
+
+    def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
+        super()._update_learning_rate(optimizers)
+        self._set_rate(self.actor.optimizer, self.actor_rate)
+
+    def _set_rate(self, optimizer: th.optim.Optimizer, rate: float) -> None:
+        """
+        :param optimizer: An optimizer
+        :param rate: By how many times ``learning_rate`` it learns
+        """
+        update_learning_rate(optimizer, rate * self.lr_schedule(self._current_progress_remaining))
 
     def _normal(self, *shape: int) -> th.Tensor:
         return th.randn(*shape, device=self.device)
