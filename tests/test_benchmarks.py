@@ -398,7 +398,7 @@ def test_published_tables_match_the_result_files(name: str, page: str, monkeypat
     assert without_intervals.sub("", table + "\n") == without_intervals.sub("", published)
 
 
-@pytest.mark.parametrize("name", ["defaults", "choices", "tau"])
+@pytest.mark.parametrize("name", ["defaults", "choices", "tau", "actor_rate"])
 def test_published_tables_by_task_match_the_result_files(name: str) -> None:
     published = (report.RESULTS / f"{name}_by_task.md").read_text()
     assert published in (BENCHMARKS.parent / "docs" / "benchmarks.md").read_text()
