@@ -398,10 +398,13 @@ def test_published_tables_match_the_result_files(name: str, page: str, monkeypat
     assert without_intervals.sub("", table + "\n") == without_intervals.sub("", published)
 
 
-@pytest.mark.parametrize("name", ["defaults", "choices", "tau", "actor_rate"])
-def test_published_tables_by_task_match_the_result_files(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "page"),
+    [*((name, "benchmarks") for name in ("defaults", "choices", "tau", "actor_rate")), ("peers_returns", "peers")],
+)
+def test_published_tables_by_task_match_the_result_files(name: str, page: str) -> None:
     published = (report.RESULTS / f"{name}_by_task.md").read_text()
-    assert published in (BENCHMARKS.parent / "docs" / "benchmarks.md").read_text()
+    assert published in (BENCHMARKS.parent / "docs" / f"{page}.md").read_text()
     suite = suites.read_suite(BENCHMARKS / "suites" / f"{name}.yml")
     assert report.table_by_task(report.read_results(report.RESULTS / f"{name}.csv", suite), suite) + "\n" == published
 
