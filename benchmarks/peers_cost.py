@@ -4,14 +4,19 @@ sampled or chosen (``deterministic``), at batches of 1 and 64. Everything takes 
 the machine meets all alike. Beside the milliseconds stand passes and chain by the model of docs/peers.md, which do not depend
 on a machine.
 
+With ``--compiled`` gradient steps and ``learn`` alone, every step compiled, which on a CUDA device also captures it.
+
     OMP_NUM_THREADS=1 python benchmarks/peers_cost.py
+    python benchmarks/peers_cost.py --device cuda --compiled --output benchmarks/results/gpu/peers_cost_compiled.csv
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch as th
+from captured_sac import CapturedSAC
 from machine import processor, versions
 from peers import DACER, DIME, MaxEntDP
 from run import RESULTS, commit
@@ -68,23 +74,35 @@ def model_costs(name: str, what: str) -> tuple[float, float]:
     return kind.sampling_steps, kind.sampling_steps
 
 
-def make_models(env: str, width: int, batch_size: int, device: str) -> dict[str, OffPolicyAlgorithm]:
-    """Every algorithm, its buffer filled with 300 random steps."""
-    common = dict(learning_starts=300, buffer_size=10_000, batch_size=batch_size, device=device)
+def make_models(
+    names: Sequence[str], env: str, width: int, batch_size: int, device: str, compiled: bool
+) -> dict[str, OffPolicyAlgorithm]:
+    """These algorithms, their buffers filled with 300 random steps, and their gradient steps compiled if they are to be."""
+    common: dict[str, Any] = dict(learning_starts=300, buffer_size=10_000, batch_size=batch_size, device=device)
+    if compiled:
+        common["compile_step"] = True
     models = {}
-    for name, kind in KINDS.items():
+    for name in names:
+        kind = KINDS[name]
+        algorithm = CapturedSAC if compiled and name == "SAC" else kind.algorithm
         policy_kwargs = {**kind.settings.get("policy_kwargs", {}), "net_arch": [width] * 2}
-        models[name] = kind.algorithm("MlpPolicy", env, **{**common, **kind.settings, "policy_kwargs": policy_kwargs})
+        models[name] = algorithm("MlpPolicy", env, **{**common, **kind.settings, "policy_kwargs": policy_kwargs})
         models[name].learn(300)
+        start = time.perf_counter()
+        models[name].train(STEPS, batch_size)
+        print(f"{name}: its first {STEPS} gradient steps take {time.perf_counter() - start:.1f} s", flush=True)
     return models
 
 
-def measure(models: dict[str, OffPolicyAlgorithm], rounds: int, batch_size: int, device: str) -> dict[tuple[str, int], Rows]:
+def measure(
+    models: dict[str, OffPolicyAlgorithm], rounds: int, batch_size: int, device: str, acting: bool
+) -> dict[tuple[str, int], Rows]:
     """
     :param models: From ``make_models``
     :param rounds: That are measured
     :param batch_size: Of the gradient steps
     :param device: Of the models
+    :param acting: Whether to time actions, too
     :return: By what is timed and the batch's size: milliseconds and ratios of every algorithm
     """
     # Several at a time: MFPO learns its policy at every eighth
@@ -95,7 +113,9 @@ def measure(models: dict[str, OffPolicyAlgorithm], rounds: int, batch_size: int,
     for rows in results.values():
         for row in rows.values():
             row["milliseconds"] /= STEPS
-    space = models["SAC"].observation_space
+    if not acting:
+        return results
+    space = models["MFPO"].observation_space
     for batch, repeats in ((1, 10), (64, 1)):
         observations = space.sample() if batch == 1 else np.stack([space.sample() for _ in range(batch)])
         functions = {
@@ -117,20 +137,27 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
     parser.add_argument("--env", default="HalfCheetah-v5", help="Gymnasium id (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=12, help="that are measured (default: %(default)s)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument(
+        "--algorithms", nargs="+", default=list(KINDS), choices=list(KINDS), help="MFPO among them (default: all)"
+    )
+    parser.add_argument("--compiled", action="store_true", help="compile the gradient steps; actions are not timed")
     parser.add_argument("--quick", action="store_true", help="small networks and batches, one round: shows that it works")
     parser.add_argument("--output", type=Path, default=RESULTS / "peers_cost.csv", help="CSV file (default: %(default)s)")
     options = parser.parse_args(arguments)
+    if "MFPO" not in options.algorithms:
+        parser.error(f"`--algorithms` must have MFPO, whose time the ratios are to, not only {options.algorithms}")
     th.set_num_threads(1)
     rounds, width, batch_size = (1, 16, 8) if options.quick else (options.rounds, 256, BATCH_SIZE)
     # The paper's range does not fit the first steps of any task
     warnings.filterwarnings("ignore", message=".*of the value targets' mass lies outside")
-    models = make_models(options.env, width, batch_size, options.device)
+    models = make_models(options.algorithms, options.env, width, batch_size, options.device, options.compiled)
+    results = measure(models, rounds, batch_size, options.device, acting=not options.compiled)
     table = pd.DataFrame(
         [
             dict(env=options.env, what=what, batch=batch, algorithm=name, milliseconds=row["milliseconds"])
             | dict(zip(("passes", "chain"), model_costs(name, what), strict=True))
             | {key: value for key, value in row.items() if key.startswith("ratio")}
-            for (what, batch), rows in measure(models, rounds, batch_size, options.device).items()
+            for (what, batch), rows in results.items()
             for name, row in rows.items()
         ]
     )
