@@ -327,9 +327,9 @@ def table(rows: pd.DataFrame, suite: dict[str, Any]) -> str:
 
 def over_training(rows: pd.DataFrame, suite: dict[str, Any], column: str = "return") -> pd.DataFrame:
     """
-    Mean over training of deterministic actions, by equal steps and by equal time: that of a run of the suite's ``equal_time``,
-    or of the quickest algorithm on a task that it has not done. Between two evaluations returns are on a line, before the
-    first they are as there.
+    Mean over training of deterministic actions, by equal steps and by equal time: that of a run of the suite's ``equal_time``
+    on the same hardware, or of the quickest algorithm on a task that it has not done there. Between two evaluations returns
+    are on a line, before the first they are as there.
 
     :param rows: From ``read_results``
     :param suite: The suite
@@ -337,15 +337,16 @@ def over_training(rows: pd.DataFrame, suite: dict[str, Any], column: str = "retu
     :return: By algorithm, task and seed: ``steps`` and ``time``
     """
     rows = rows[rows["mode"] == "deterministic"].sort_values("step")
-    seconds = rows.groupby(KEYS)["seconds"].last().groupby(["task", "algorithm"]).mean()
-    ends = {task: runs.droplevel("task").get(suite.get("equal_time"), runs.min()) for task, runs in seconds.groupby("task")}
+    place = ["task", "hardware"]
+    seconds = rows.groupby([*place, "algorithm", "seed"])["seconds"].last().groupby([*place, "algorithm"]).mean()
+    ends = {where: runs.droplevel(place).get(suite.get("equal_time"), runs.min()) for where, runs in seconds.groupby(place)}
 
     def means(run: pd.DataFrame) -> pd.Series:
-        moments = np.linspace(0, ends[run["task"].iloc[0]], 1000)
+        moments = np.linspace(0, ends[run["task"].iloc[0], run["hardware"].iloc[0]], 1000)
         by_time = np.interp(moments, run["seconds"], run[column]).mean()
         return pd.Series({"steps": run[column].mean(), "time": by_time})
 
-    return rows.groupby(KEYS)[[*KEYS, "seconds", column]].apply(means)
+    return rows.groupby(KEYS)[[*KEYS, "hardware", "seconds", column]].apply(means)
 
 
 def differences(rows: pd.DataFrame, suite: dict[str, Any]) -> str:

@@ -250,7 +250,7 @@ def made_up(path: Path, returns: dict[str, list[list[float]]]) -> pd.DataFrame:
     """A results file with these returns by algorithm, seed and evaluation, in both modes, the sample's lower by 100."""
     rows = [
         dict(algorithm=name, task="Pendulum-v1", seed=seed, step=step + 1, seconds=60 * (step + 1), mode=mode)
-        | {"return": value - 100 * (mode == "sample")}
+        | {"return": value - 100 * (mode == "sample"), "hardware": "one"}
         for name, seeds in returns.items()
         for seed, values in enumerate(seeds)
         for step, value in enumerate(values)
@@ -302,6 +302,10 @@ def test_means_over_training_by_steps_and_by_time(tmp_path: Path) -> None:
     # Within B's six: A is at 200 for three more
     means = report.over_training(table, suite | {"equal_time": "B"})
     assert means["time"].to_list() == pytest.approx([400 / 3, 2 / 3 * 150], rel=1e-2)
+    # Another seed of both on a machine that is half as fast
+    slower = table.assign(seed=1, seconds=2 * table["seconds"], hardware="slower")
+    both = report.over_training(pd.concat([table, slower]), suite | {"equal_time": "B"})
+    assert both["time"].to_list() == pytest.approx([value for value in means["time"] for _ in range(2)])
     a, b = report.table_by_task(table, suite).splitlines()[2:]
     assert a == "| Pendulum-v1 | A | 1 | 100 | 66.7 | 200 | 100 | 3.0 |"
     assert b == "|  | B | 1 | 150 | 12.5 | 300 | 200 | 6.0 |"
