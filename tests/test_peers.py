@@ -501,6 +501,19 @@ def test_the_command_for_the_cost(tmp_path: Path) -> None:
     assert (written[written["what"] == "learn"]["ratio to MFPO"] > 0).all()
 
 
+@pytest.mark.nightly
+def test_the_cost_of_compiled_steps(tmp_path: Path) -> None:
+    arguments = ["--quick", "--compiled", "--algorithms", "MFPO", "SAC", "--env", "Pendulum-v1"]
+    table = peers_cost.main([*arguments, "--output", str(tmp_path / "cost.csv")])
+    assert set(table["what"]) == {"gradient step", "learn"} and len(table) == 2 * 2
+
+
+def test_the_cost_is_told_in_mfpos(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        peers_cost.main(["--algorithms", "SAC", "DIME"])
+    assert "`--algorithms` must have MFPO" in capsys.readouterr().err
+
+
 def test_the_zoos_command_trains_and_resumes_a_peer(tmp_path: Path) -> None:
     """As a suite calls it: half of a run first, of which the checkpoint stays, then the whole."""
     policy_kwargs = dict(net_arch=[8], sampling_steps=2)
