@@ -388,7 +388,7 @@ def test_a_report_on_a_part_of_the_runs_has_no_aggregates(tmp_path: Path, capsys
     ("name", "page"),
     [
         ("ablations", "docs/mfpo.md"),
-        ("value_range", "docs/benchmarks.md"),
+        ("value_range", "docs/defaults.md"),
     ],
 )
 def test_published_tables_match_the_result_files(name: str, page: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -404,7 +404,11 @@ def test_published_tables_match_the_result_files(name: str, page: str, monkeypat
 
 @pytest.mark.parametrize(
     ("name", "page"),
-    [*((name, "benchmarks") for name in ("defaults", "choices", "tau", "actor_rate")), ("peers_returns", "peers")],
+    [
+        ("defaults", "benchmarks"),
+        *((name, "defaults") for name in ("choices", "tau", "actor_rate")),
+        ("peers_returns", "peers"),
+    ],
 )
 def test_published_tables_by_task_match_the_result_files(name: str, page: str) -> None:
     published = (report.RESULTS / f"{name}_by_task.md").read_text()
