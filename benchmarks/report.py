@@ -375,9 +375,11 @@ def table_by_task(rows: pd.DataFrame, suite: dict[str, Any]) -> str:
     :param rows: From ``read_results``
     :param suite: The suite
     :return: Markdown: a line for each task and algorithm with the mean over training by equal steps and by equal time, the
-        returns at the end, all with the range of the seeds, and the time of a run
+        returns at the end, all with the range of the seeds, and the time of a run, on the hardware of most runs if it was
+        there
     """
     over, last = over_training(rows, suite), rows.sort_values("step").groupby([*KEYS, "mode"]).last()
+    usual = rows["hardware"].mode()[0]
     heads = ["task", "algorithm", "seeds", "over training, equal steps", "equal time", "at the end", "same, sample", "minutes"]
     lines = [heads, ["---"] * len(heads)]
     for task in suite["tasks"]:
@@ -391,7 +393,9 @@ def table_by_task(rows: pd.DataFrame, suite: dict[str, Any]) -> str:
             ]
             cells = [task if name == names[0] else "", name, str(len(columns[0]))]
             cells += [with_range(values) for values in columns]
-            lines.append([*cells, f"{ends['seconds'].mean() / 60:.1f}"])
+            there = ends["hardware"] == usual
+            seconds = ends["seconds"][there if there.any() else slice(None)]
+            lines.append([*cells, f"{seconds.mean() / 60:.1f}"])
     return markdown(lines)
 
 

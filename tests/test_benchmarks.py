@@ -309,6 +309,11 @@ def test_means_over_training_by_steps_and_by_time(tmp_path: Path) -> None:
     a, b = report.table_by_task(table, suite).splitlines()[2:]
     assert a == "| Pendulum-v1 | A | 1 | 100 | 66.7 | 200 | 100 | 3.0 |"
     assert b == "|  | B | 1 | 150 | 12.5 | 300 | 200 | 6.0 |"
+    # The usual machine's minutes, where there are any
+    third = slower[slower["algorithm"] == "A"].assign(seed=2, hardware="one")
+    for more, minutes in ((slower, ["3.0", "6.0"]), (pd.concat([slower, third]), ["4.5", "6.0"])):
+        lines = report.table_by_task(pd.concat([table, more]), suite).splitlines()[2:]
+        assert [line.split(" | ")[-1] for line in lines] == [f"{value} |" for value in minutes]
     # More seeds of one than of the other
     more = pd.concat([table, table[table["algorithm"] == "A"].assign(seed=1)])
     more.loc[more["seed"] == 1, "return"] *= 2
