@@ -206,7 +206,8 @@ class Peer(ActorCriticAlgorithm):
         :return: Their values by the critics, with a gradient for the actions alone, shape (B,)
         """
         with frozen(self.critic):
-            return reduce_values(self.critic.q_values(self.critic.encode(observations), actions), self.critic_reduction)
+            values = self.critic.q_values(self.critic.encode(observations), actions)
+        return reduce_values(values, self.policy.critic_reduction)
 
 
 class SoftPeer(Peer):

@@ -256,6 +256,6 @@ class MaxEntDP(SoftPeer):
         mu, sigma = power.sqrt(), (1 - power).sqrt()
         actions = gaussian_proposal(noisy_actions, mu, sigma, proposals)
         features = self.critic_target.encode(observations).unsqueeze(1)
-        values = reduce_values(self.critic_target.q_values(features, actions), self.critic_reduction)
+        values = reduce_values(self.critic_target.q_values(features, actions), self.policy.critic_reduction)
         mean_action, sample_size = snis_mean((values / ent_coef).softmax(dim=1), actions)
         return (noisy_actions - mu * mean_action) / sigma, sample_size.mean()

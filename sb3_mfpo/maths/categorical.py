@@ -28,8 +28,13 @@ def reduce_values(values: th.Tensor, reduction: str) -> th.Tensor:
     :param values: shape (n_critics, ...)
     :param reduction: "min" or "mean"
     :return: shape (...)
+    :raises ValueError: If the reduction is another one
     """
-    return values.amin(dim=0) if reduction == "min" else values.mean(dim=0)
+    if reduction == "mean":
+        return values.mean(dim=0)
+    if reduction == "min":
+        return values.amin(dim=0)
+    raise ValueError(f'`reduction` must be "min" or "mean", not {reduction!r}.')
 
 
 def narrow_logits(atoms: th.Tensor) -> th.Tensor:
