@@ -53,11 +53,12 @@ def name(request: pytest.FixtureRequest) -> str:
 
 def test_an_automatic_reduction_is_that_of_all_of_a_step(name: str) -> None:
     """Once an episode has terminated, a run is that with the minimum."""
-    automatic, minimum = (make(name, critic_reduction=reduction) for reduction in ("auto", "min"))
-    for model in (automatic, minimum):
-        model._found_termination = True
-        model.learn(20)
-    assert_equal(automatic.policy.state_dict(), minimum.policy.state_dict())
+    runs = []
+    for reduction in ("auto", "min"):
+        runs.append(make(name, critic_reduction=reduction))
+        runs[-1]._found_termination = True
+        runs[-1].learn(20)
+    assert_equal(runs[0].policy.state_dict(), runs[1].policy.state_dict())
 
 
 # DIME
