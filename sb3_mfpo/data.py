@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
-from stable_baselines3 import HerReplayBuffer
-from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_mfpo.runs.state import end_episodes
 
 FIELDS = ("observations", "actions", "rewards", "next_observations", "terminations", "truncations")
 
@@ -44,7 +44,9 @@ def load_transitions(model: OffPolicyAlgorithm, dataset: Any) -> int:
             "`buffer_size`, or fewer transitions."
         )
 
-    _end_episode(buffer)
+    end_episodes(buffer)
+    scale = getattr(model, "return_scale", None)
+    own_returns = None if scale is None else scale.returns
     normalizer = model.get_vec_normalize_env()
     if normalizer is not None and normalizer.training and normalizer.norm_obs:
         _follow_observations(normalizer, data["observations"])
@@ -55,7 +57,7 @@ def load_transitions(model: OffPolicyAlgorithm, dataset: Any) -> int:
         rows = pieces + step
         reward, terminated = data["rewards"][rows], data["terminations"][rows]
         done = ends[rows] | (step == length - 1)
-        if (scale := getattr(model, "return_scale", None)) is not None:
+        if scale is not None:
             scale.update(reward if normalizer is None else normalizer.normalize_reward(reward), starts, model.gamma)
         buffer.add(
             _take(data["observations"], rows),
@@ -66,22 +68,10 @@ def load_transitions(model: OffPolicyAlgorithm, dataset: Any) -> int:
             [{"TimeLimit.truncated": bool(truncated)} for truncated in done & ~terminated],
         )
         starts = done
+    if scale is not None:
+        # The episodes that the model is collecting go on
+        scale.returns = own_returns
     return n
-
-
-def _end_episode(buffer: ReplayBuffer) -> None:
-    """
-    What follows is not the rest of an episode that was being collected.
-
-    :param buffer: Its last transitions count as truncated, if they end no episode
-    """
-    if buffer.size() == 0:
-        return
-    if isinstance(buffer, HerReplayBuffer):
-        buffer.truncate_last_trajectory()
-    else:
-        last = buffer.pos - 1
-        buffer.timeouts[last] = np.maximum(buffer.timeouts[last], 1 - buffer.dones[last])
 
 
 def _of_episodes(episodes: Iterable[Any]) -> dict[str, Any]:

@@ -259,6 +259,23 @@ def test_callbacks_resume_with_what_they_had_counted(tmp_path: Path) -> None:
     assert evaluation.evaluations_timesteps == [7, 14, 21, 28, 35, 42, 56]
 
 
+@pytest.mark.parametrize("order", [1, -1], ids=["same order", "other order"])
+def test_callbacks_resume_in_another_list(order: int, tmp_path: Path) -> None:
+    """SB3 puts them into a list of its own for a progress bar."""
+
+    def callbacks() -> tuple[EvalCallback, list[BaseCallback]]:
+        evaluation = EvalCallback(Monitor(RandomEnv()), eval_freq=7, n_eval_episodes=1, verbose=0)
+        return evaluation, [evaluation, RunCheckpointCallback(7, tmp_path)]
+
+    first, both = callbacks()
+    make_model(MFPO, RandomEnv(), seed=0).learn(28, callback=both)
+    second, both = callbacks()
+    MFPO.resume(tmp_path, RandomEnv()).learn(28, callback=both[::order], progress_bar=True)
+    assert second.best_mean_reward == first.best_mean_reward > -np.inf and second.n_calls == 28
+    with pytest.warns(UserWarning, match="What EvalCallback had collected is lost"):
+        MFPO.resume(tmp_path, RandomEnv()).learn(28, callback=RunCheckpointCallback(7, tmp_path))
+
+
 # Callbacks of all kinds
 
 

@@ -124,12 +124,10 @@ def restore_run(model: Any, state: dict[str, Any], callback: BaseCallback) -> No
         for name in ("last_obs", "last_original_obs", "episode_starts"):
             setattr(model, f"_{name}", state[name])
     else:
-        _end_episodes(model, state["episode_starts"])
+        end_episodes(model.replay_buffer)
         warnings.warn(f"The environments begin new episodes, as they cannot go on where they were: {reason}.", stacklevel=7)
     _restore_logger(model.logger, state["logger"], model.num_timesteps)
-    for part, (kind, saved) in zip(parts_of(callback), state["callbacks"], strict=False):
-        if type(part).__name__ == kind:
-            _restore_callback(part, saved)
+    _restore_callbacks(callback, state["callbacks"])
     restore_random_states(model, state["random"])
 
 
@@ -158,17 +156,24 @@ def _restore_environments(model: Any, saved: dict[str, Any]) -> str | None:
     return reason
 
 
-def _end_episodes(model: Any, episode_starts: np.ndarray) -> None:
-    # An environment that had just begun an episode has nothing to end
-    buffer = model.replay_buffer
+def end_episodes(buffer: ReplayBuffer) -> None:
+    """
+    Let the last transitions in a buffer end their episodes: what follows is not the rest of them.
+
+    :param buffer: Where its last transitions end no episode, they count as truncated; as terminated in a buffer that keeps
+        every observation once, where the next one will be overwritten
+    """
     if isinstance(buffer, HerReplayBuffer):
         with warnings.catch_warnings():
             # Truncating is what is wanted here
             warnings.filterwarnings("ignore", message="The last trajectory in the replay buffer will be truncated")
             buffer.truncate_last_trajectory()
     elif buffer.size() > 0:
-        ends = buffer.dones if buffer.optimize_memory_usage else buffer.timeouts
-        ends[buffer.pos - 1, ~episode_starts] = True
+        last = buffer.pos - 1
+        if buffer.optimize_memory_usage:
+            buffer.dones[last] = 1
+        else:
+            buffer.timeouts[last] = np.maximum(buffer.timeouts[last], 1 - buffer.dones[last])
 
 
 # The logger: what it has not yet written, and its files, which a new logger empties
@@ -255,6 +260,24 @@ def _callback_state(callback: BaseCallback) -> dict[str, Any]:
     changed = {name: data for name, data in _plain_attributes(callback).items() if _digest(data) != start.get(name)}
     evaluation = environments.capture(callback.eval_env) if isinstance(callback, EvalCallback) else None
     return {"data": changed, "environments": evaluation}
+
+
+def _restore_callbacks(callback: BaseCallback, states: list[tuple[str, dict[str, Any]]]) -> None:
+    # The first of a type gets the first state of that type, and so on: SB3 adds callbacks of its own (`progress_bar=True`)
+    left = list(states)
+    for part in parts_of(callback):
+        state = next((one for one in left if one[0] == type(part).__name__), None)
+        if state is not None:
+            left.remove(state)
+            _restore_callback(part, state[1])
+    # All count their calls
+    lost = [kind for kind, saved in left if saved["data"].keys() - {"n_calls", "num_timesteps"}]
+    if lost:
+        warnings.warn(
+            f"What {', '.join(lost)} had collected is lost, as `callback` holds none to go on with it: resume with the "
+            "callbacks that the run was begun with.",
+            stacklevel=8,
+        )
 
 
 def _restore_callback(callback: BaseCallback, state: dict[str, Any]) -> None:
