@@ -11,6 +11,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_mfpo.runs.state import end_episodes
+from sb3_mfpo.training.return_scale import discounted_returns
 
 FIELDS = ("observations", "actions", "rewards", "next_observations", "terminations", "truncations")
 
@@ -45,8 +46,7 @@ def load_transitions(model: OffPolicyAlgorithm, dataset: Any) -> int:
         )
 
     end_episodes(buffer)
-    scale = getattr(model, "return_scale", None)
-    own_returns = None if scale is None else scale.returns
+    scale, returns = getattr(model, "return_scale", None), np.zeros(0)
     normalizer = model.get_vec_normalize_env()
     if normalizer is not None and normalizer.training and normalizer.norm_obs:
         _follow_observations(normalizer, data["observations"])
@@ -58,7 +58,9 @@ def load_transitions(model: OffPolicyAlgorithm, dataset: Any) -> int:
         reward, terminated = data["rewards"][rows], data["terminations"][rows]
         done = ends[rows] | (step == length - 1)
         if scale is not None:
-            scale.update(reward if normalizer is None else normalizer.normalize_reward(reward), starts, model.gamma)
+            scaled = reward if normalizer is None else normalizer.normalize_reward(reward)
+            returns = discounted_returns(scaled, starts, model.gamma, returns)
+            scale.update(returns)
         buffer.add(
             _take(data["observations"], rows),
             _take(data["next_observations"], rows),
@@ -68,9 +70,6 @@ def load_transitions(model: OffPolicyAlgorithm, dataset: Any) -> int:
             [{"TimeLimit.truncated": bool(truncated)} for truncated in done & ~terminated],
         )
         starts = done
-    if scale is not None:
-        # The episodes that the model is collecting go on
-        scale.returns = own_returns
     return n
 
 

@@ -259,6 +259,15 @@ def test_callbacks_resume_with_what_they_had_counted(tmp_path: Path) -> None:
     assert evaluation.evaluations_timesteps == [7, 14, 21, 28, 35, 42, 56]
 
 
+def test_a_resumed_run_keeps_its_buffer_and_says_so(tmp_path: Path) -> None:
+    make_model(MFPO, n_steps=3).learn(20, callback=RunCheckpointCallback(10, tmp_path))
+    for name, value in dict(buffer_size=10, n_steps=1, replay_buffer_kwargs={}).items():
+        with pytest.raises(ValueError, match=f"`{name}` cannot be changed: .*`load` makes a new one"):
+            MFPO.resume(tmp_path, RandomEnv(), **{name: value})
+    model = MFPO.resume(tmp_path, RandomEnv(), gamma=0.5)
+    assert model.replay_buffer.gamma == model.gamma == 0.5
+
+
 @pytest.mark.parametrize("order", [1, -1], ids=["same order", "other order"])
 def test_callbacks_resume_in_another_list(order: int, tmp_path: Path) -> None:
     """SB3 puts them into a list of its own for a progress bar."""

@@ -48,6 +48,13 @@ def on_grid(average: Any, times: th.Tensor) -> Any:
     return lambda actions, k: average(actions, times[k], times[k] - times[k + 1])
 
 
+def test_times_of_a_wide_distribution_stay_between_the_ends() -> None:
+    """Where the logistic function rounds to 0 or 1."""
+    normal = th.tensor([[30.0, -30.0], [30.0, 29.0], [-200.0, -200.0]])
+    t, r = mean_flow.logit_normal_times(normal, 0.0, 4.0, n_equal=0)
+    assert th.allclose(t, th.tensor([[0.999], [0.999], [0.001]])) and th.allclose(r, th.tensor([[0.001], [0.999], [0.001]]))
+
+
 def test_uniform_times_are_ordered_and_uniform() -> None:
     uniform = th.rand(20_000, 2, generator=th.Generator().manual_seed(0))
     t, r = mean_flow.uniform_times(uniform, n_equal=5_000)

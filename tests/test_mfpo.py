@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -197,3 +198,15 @@ def test_the_divergence_of_a_copied_policy_is_that_of_its_own_actor(divergence_t
     first, second = (network(features, point, network.embed(t, t)) for network in (model.divergence, twin.divergence))
     changed = not th.equal(first, second)
     assert changed == (divergence_type == "exact")
+
+
+@pytest.mark.parametrize("rates", [(12.0, None), (None, 12.0)], ids=str)
+def test_a_loaded_temperature_may_learn_in_another_way(rates: tuple[float | None, float | None], tmp_path: Path) -> None:
+    before, after = rates
+    model = make_model(MFPO, seed=0, ent_coef_rate=before).learn(30)
+    model.save(tmp_path / "model")
+    loaded = MFPO.load(tmp_path / "model", env=RandomEnv(), ent_coef_rate=after, device="cpu")
+    assert loaded.log_ent_coef == model.log_ent_coef
+    loaded.learn(20, reset_num_timesteps=False)
+    assert isinstance(loaded.ent_coef_optimizer, th.optim.Adam if after is None else th.optim.SGD)
+    assert loaded.log_ent_coef != model.log_ent_coef

@@ -56,7 +56,7 @@ def test_an_automatic_reduction_is_that_of_all_of_a_step(name: str) -> None:
     runs = []
     for reduction in ("auto", "min"):
         runs.append(make(name, critic_reduction=reduction))
-        runs[-1]._found_termination = True
+        runs[-1].policy.found_termination = True
         runs[-1].learn(20)
     assert_equal(runs[0].policy.state_dict(), runs[1].policy.state_dict())
 

@@ -17,14 +17,15 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import nn
 
 from sb3_mfpo import MFPO
-from sb3_mfpo.training.return_scale import ReturnScale
+from sb3_mfpo.training.return_scale import ReturnScale, discounted_returns
 from tests.helpers import Algorithm, RandomEnv, assert_equal, make_model
 
 
 def scale_of(rewards: Any, starts: Any, gamma: float, value_range: float = 20.0) -> ReturnScale:
-    scale = ReturnScale(value_range)
+    scale, returns = ReturnScale(value_range), np.zeros(0)
     for one, start in zip(np.atleast_2d(rewards), np.atleast_2d(starts), strict=True):
-        scale.update(one, start, gamma)
+        returns = discounted_returns(one, start, gamma, returns)
+        scale.update(returns)
     return scale
 
 
@@ -36,7 +37,8 @@ def test_it_is_the_deviation_of_the_returns_or_their_largest_over_the_range() ->
     scale = scale_of(rewards, starts, gamma=0.5)
     assert scale.value == pytest.approx(returns.std(), rel=1e-12)
     assert scale_of(rewards, starts, gamma=0.5, value_range=1.0).value == pytest.approx(3.75, rel=1e-12)
-    assert scale.returns.tolist() == [0.0, 3.75]
+    carried = discounted_returns(rewards[1], np.array([False, False]), 0.5, before=rewards[0])
+    assert discounted_returns(rewards[2], np.array([True, False]), 0.5, carried).tolist() == [0.0, 3.75]
 
 
 def test_the_scale_of_constant_rewards_that_never_end_is_that_of_their_returns() -> None:
@@ -56,7 +58,7 @@ def test_a_power_of_two_scales_it_exactly(exponent: int) -> None:
 def test_it_is_one_until_a_reward_is_not_zero() -> None:
     scale = scale_of(np.zeros((10, 2)), np.zeros((10, 2), bool), gamma=0.99)
     assert scale.value == 1.0 and not scale.settled
-    scale.update(np.array([0.0, 1e-3]), np.array([False, False]), 0.99)
+    scale.update(np.array([0.0, 1e-3]))
     assert scale.value == pytest.approx(np.std([0.0] * 21 + [1e-3]))
 
 
@@ -85,7 +87,11 @@ def run(algorithm: Algorithm, factor: float, n_envs: int = 1, her: bool = False,
 
 def trained(model: Any) -> dict[str, Any]:
     """Everything that is learned, in units of the scale."""
-    state = {name: value for name, value in model.policy.state_dict().items() if not name.endswith((".scale", ".atoms"))}
+    state = {
+        name: value
+        for name, value in model.policy.state_dict().items()
+        if not name.endswith((".scale", ".atoms", "_extra_state"))
+    }
     optimizers = [model.actor.optimizer.state_dict()["state"], model.critic.optimizer.state_dict()["state"]]
     return dict(policy=state, optimizers=optimizers, temperature=getattr(model, "log_ent_coef", None))
 
@@ -133,11 +139,11 @@ def test_its_unit_follows_in_steps() -> None:
     scale = scale_of([[0.0]], [[True]], gamma=0.0)
     assert scale.follow() == 1.0 and scale.unit == 0.0
     # Of one reward that is not 0: its size over the range
-    scale.update(np.array([40.0]), np.array([True]), 0.0)
+    scale.update(np.array([40.0]))
     values = [scale.value]
     assert scale.follow() == 1.0 and scale.unit == scale.value == 20.0
     for reward in (41.0, 44.0, 60.0):
-        scale.update(np.array([reward]), np.array([True]), 0.0)
+        scale.update(np.array([reward]))
         values.append(scale.value)
         unit, factor = scale.unit, scale.follow()
         assert scale.unit == pytest.approx(unit * factor, rel=1e-15)
@@ -187,8 +193,7 @@ def test_it_is_saved_and_logged(algorithm: Algorithm, tmp_path: Path) -> None:
     model = make_model(algorithm, seed=0).learn(40)
     model.save(tmp_path / "model")
     loaded = algorithm.load(tmp_path / "model", env=RandomEnv(), device="cpu")
-    states = [dict(vars(one.return_scale), moments=vars(one.return_scale.moments)) for one in (loaded, model)]
-    assert_equal(*states)
+    assert loaded.return_scale.state() == model.return_scale.state()
     assert loaded.critic.scale == model.critic.scale == model.critic_target.scale
     # The rollout after the last update is in the scale already
     assert model.logger.name_to_value["train/return_scale"] == model.return_scale.value
@@ -203,7 +208,94 @@ def test_it_goes_on_in_another_environment(algorithm: Algorithm) -> None:
     largest = scale.largest
     model.set_env(ScaledRewards(RandomEnv(), 1.0))
     model.learn(1)
-    assert scale.largest == largest > 10 * abs(scale.returns).max()
+    assert scale.largest == largest > 10 * abs(model._returns).max()
+
+
+@pytest.mark.parametrize("how", ["set_parameters", "load_weights"])
+def test_it_goes_with_the_weights(algorithm: Algorithm, how: str, tmp_path: Path) -> None:
+    """With what decides about the reduction of the critics: another model acts and values alike, and goes on in that unit."""
+    env = ScaledRewards(RandomEnv(terminates=True), 100.0)
+    model = make_model(algorithm, env, seed=0, critic_reduction="auto").learn(60)
+    other = make_model(algorithm, env, seed=1, critic_reduction="auto")
+    assert model.policy.critic_reduction == "min" and other.policy.critic_reduction == "mean"
+    if how == "set_parameters":
+        other.set_parameters(model.get_parameters())
+    else:
+        model.policy.save_weights(tmp_path / "weights.pt")
+        other.policy.load_weights(tmp_path / "weights.pt")
+    observations = th.randn(200, 3).numpy()
+    actions = model.predict(observations, deterministic=True)[0]
+    assert np.array_equal(other.predict(observations, deterministic=True)[0], actions)
+    assert other.return_scale.state() == model.return_scale.state() and other.policy.found_termination
+    other.replay_buffer = model.replay_buffer
+    other.train(1, 8)
+    assert other.policy.critic_reduction == "min" and other.critic.scale == model.critic.scale > 10
+
+
+def test_an_explicit_reduction_stays_with_other_parameters(algorithm: Algorithm) -> None:
+    model = make_model(algorithm, seed=0, critic_reduction="min").learn(30)
+    other = make_model(algorithm, seed=1, critic_reduction="mean")
+    other.set_parameters(model.get_parameters())
+    assert other.policy.critic_reduction == "mean"
+
+
+def test_weights_of_before_it_went_with_them_load(algorithm: Algorithm) -> None:
+    model, other = make_model(algorithm, seed=0).learn(30), make_model(algorithm, seed=1)
+    weights = {name: value for name, value in model.policy.state_dict().items() if name != "_extra_state"}
+    other.policy.load_state_dict(weights)
+    assert_equal(other.policy.actor.state_dict(), model.policy.actor.state_dict())
+
+
+@pytest.mark.parametrize("n_collected", [60, 130], ids=["half full", "full"])
+def test_it_follows_a_buffer_that_others_have_filled(algorithm: Algorithm, n_collected: int, tmp_path: Path) -> None:
+    env = ScaledRewards(RandomEnv(), 100.0)
+    # The oldest of a full buffer are gone: whole episodes
+    kwargs: dict[str, Any] = dict(buffer_size=105, learning_starts=1000, seed=0)
+    collected = make_model(algorithm, env, **kwargs).learn(n_collected)
+    collected.save_replay_buffer(tmp_path / "buffer.pkl")
+    model = make_model(algorithm, env, **kwargs, policy_kwargs=dict(value_init="narrow"))
+    model.load_replay_buffer(tmp_path / "buffer.pkl")
+    model.train(1, 32)
+    if n_collected == 60:
+        assert model.return_scale.largest == pytest.approx(collected.return_scale.largest, rel=1e-6)
+        assert model.return_scale.moments.var == pytest.approx(collected.return_scale.moments.var, rel=1e-6)
+    assert model.return_scale.value == pytest.approx(collected.return_scale.value, rel=0.2)
+    assert model.return_scale.moments.count == min(n_collected, 105)
+
+
+class Unreached(gym.Env):
+    """A goal that no action reaches: all rewards are 0, and 100 where hindsight takes what was reached for the goal."""
+
+    def __init__(self) -> None:
+        box = gym.spaces.Box(-1, 1, (2,), np.float32)
+        self.observation_space = gym.spaces.Dict(observation=box, achieved_goal=box, desired_goal=box)
+        self.action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+
+    def observe(self) -> dict[str, np.ndarray]:
+        at = self.np_random.uniform(-1, 1, 2).astype(np.float32)
+        return dict(observation=at, achieved_goal=at, desired_goal=np.full(2, 2, np.float32))
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, np.ndarray], dict]:
+        super().reset(seed=seed)
+        self.steps = 0
+        return self.observe(), {}
+
+    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict]:
+        self.steps += 1
+        return self.observe(), 0.0, False, self.steps == 10, {}
+
+    def compute_reward(self, achieved: np.ndarray, desired: np.ndarray, info: Any) -> np.ndarray:
+        return 100.0 * (np.abs(achieved - desired).max(axis=-1) < 1e-3)
+
+
+def test_rewards_that_only_hindsight_finds_are_reported(algorithm: Algorithm) -> None:
+    """The scale has seen none of them."""
+    kwargs: dict[str, Any] = dict(policy="MultiInputPolicy", replay_buffer_class=HerReplayBuffer, learning_starts=150)
+    model = make_model(algorithm, Unreached(), seed=0, batch_size=64, policy_kwargs=dict(value_range=20.0), **kwargs)
+    with pytest.warns(
+        UserWarning, match=r"of the value targets' mass lies outside of \[-20, 20\] .*Give a higher `value_range`"
+    ):
+        model.learn(200)
 
 
 def test_an_evaluation_does_not_touch_it(algorithm: Algorithm) -> None:

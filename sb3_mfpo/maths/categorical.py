@@ -78,7 +78,7 @@ def bellman_atoms(rewards: th.Tensor, discounts: th.Tensor | float, entropy_bonu
 
     :param rewards: shape (B, 1)
     :param discounts: Discount factor, zero where the episode terminated, shape (B, 1)
-    :param entropy_bonus: Entropy bonus -alpha log pi(a' | s'), shape (B, 1)
+    :param entropy_bonus: Entropy bonus -alpha log pi(a' | s'), shape (B, 1) or a scalar
     :param atoms: Support z, shape (n_atoms,)
     :return: Positions in units of return, shape (B, n_atoms)
     """

@@ -19,7 +19,8 @@ AverageOnGrid = Callable[[th.Tensor, int], th.Tensor]
 def logit_normal_times(normal: th.Tensor, mean: float, std: float, n_equal: int) -> tuple[th.Tensor, th.Tensor]:
     """
     Logit-normal time pairs: t and r are the larger and the smaller of ``sigmoid(mean + std * normal)``. The leading rows get
-    r = t: they need no derivative.
+    r = t: they need no derivative. Some paths have no velocity at an end, so both keep 0.001 away from 0 and 1, which a wide
+    distribution rounds to.
 
     :param normal: Two independent standard-normal draws per row, shape (B, 2)
     :param mean: Mean of the normal distribution inside the logit-normal
@@ -27,7 +28,7 @@ def logit_normal_times(normal: th.Tensor, mean: float, std: float, n_equal: int)
     :param n_equal: Number of leading rows with r = t
     :return: t and r in (0, 1), r <= t, each of shape (B, 1)
     """
-    times = th.sigmoid(mean + std * normal)
+    times = th.sigmoid(mean + std * normal).clamp(1e-3, 1 - 1e-3)
     t, r = times.amax(dim=1, keepdim=True), times.amin(dim=1, keepdim=True)
     return t, th.cat([t[:n_equal], r[n_equal:]])
 

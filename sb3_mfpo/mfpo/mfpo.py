@@ -133,7 +133,7 @@ class MFPO(MeanFlowAlgorithm):
         "min" except for HalfCheetah, the only one of its tasks on Gymnasium's robots that cannot terminate.)
     :param policy_delay: Update actor, divergence network and temperature every so many gradient steps
     :param compile_step: Whether to compile the gradient step with ``torch.compile``, which on a CUDA device also captures its
-        parts into CUDA graphs. The first steps then take minutes; the results are the same up to rounding.
+        parts into CUDA graphs. The first steps then take a minute; the results are the same up to rounding.
     :param allow_non_finite_observations: Whether observations may hold NaN or infinite numbers, which the features extractor
         must then replace; by default they stop the training. Rewards and actions must be finite in any case.
     :raises ValueError: If an argument is out of range; the message names it
@@ -301,10 +301,21 @@ class MFPO(MeanFlowAlgorithm):
         if learned:
             # The logarithm is learned, so that the temperature stays positive
             self.log_ent_coef = th.log(th.ones(1, device=self.device) * value).requires_grad_(True)
-            optimizer_class, rate = (th.optim.Adam, 1.0) if self.ent_coef_rate is None else (th.optim.SGD, self.ent_coef_rate)
-            self.ent_coef_optimizer = optimizer_class([self.log_ent_coef], lr=rate * self.lr_schedule(1), fused=True)
+            self.ent_coef_optimizer = self._make_ent_coef_optimizer(self.log_ent_coef)
         else:
             self.ent_coef_tensor = th.tensor(value, device=self.device)
+
+    def _make_ent_coef_optimizer(self, log_ent_coef: th.Tensor) -> th.optim.Optimizer:
+        optimizer_class, rate = (th.optim.Adam, 1.0) if self.ent_coef_rate is None else (th.optim.SGD, self.ent_coef_rate)
+        return optimizer_class([log_ent_coef], lr=rate * self.lr_schedule(1), fused=True)
+
+    def set_parameters(self, *args: Any, **kwargs: Any) -> None:
+        super().set_parameters(*args, **kwargs)
+        optimizer = self.ent_coef_optimizer
+        # It may have got the state of another kind, of a model with another kind of `ent_coef_rate`
+        if optimizer is not None and optimizer.param_groups[0].keys() != {"params", *optimizer.defaults}:
+            assert self.log_ent_coef is not None
+            self.ent_coef_optimizer = self._make_ent_coef_optimizer(self.log_ent_coef)
 
     @property
     def divergence(self) -> AverageDivergenceNetwork | InstantaneousDivergence:

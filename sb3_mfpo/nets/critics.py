@@ -172,7 +172,7 @@ class Critic(BaseModel):
         :param outputs: This critic's raw outputs there, shape (n_critics, B, output_dim)
         :param rewards: shape (B, 1)
         :param discounts: Discount factors, zero where the episode terminated, shape (B, 1)
-        :param entropy_bonus: Entropy bonus -alpha log pi(a' | s'), shape (B, 1)
+        :param entropy_bonus: Entropy bonus -alpha log pi(a' | s'), shape (B, 1) or a scalar
         :param reduction: "min" or "mean" over the critics
         :return: What ``loss`` takes as target; the share of the target's mass that was clipped, a scalar in [0, 1]
         """

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch as th
 from stable_baselines3.common.base_class import maybe_make_env
+from stable_baselines3.common.buffers import NStepReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn
@@ -136,14 +137,22 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         :param env: The environment to continue in, wrapped as before (if registered in Gym, can be str)
         :param device: Device on which the code should run
         :param name_prefix: The checkpoints' common prefix
-        :param kwargs: Arguments to change, see ``load``
+        :param kwargs: Arguments to change, see ``load``, but none of the replay buffer's: the checkpoint's buffer goes on
         :return: The model
         :raises FileNotFoundError: If there is no checkpoint
-        :raises ValueError: If every checkpoint is damaged, or the number of environments differs
+        :raises ValueError: If every checkpoint is damaged, the number of environments differs, or an argument is of the replay
+            buffer
         """
+        for name in ("buffer_size", "n_steps", "optimize_memory_usage", "replay_buffer_class", "replay_buffer_kwargs"):
+            if name in kwargs:
+                raise ValueError(
+                    f"`{name}` cannot be changed: the checkpoint's replay buffer goes on. `load` makes a new one."
+                )
         path, state = read_newest_run(Path(path), name_prefix)
         model = cls.load(path, env=maybe_make_env(env, verbose=0), device=device, **kwargs)
         restore_buffer(model, state)
+        if isinstance(model.replay_buffer, NStepReplayBuffer):
+            model.replay_buffer.gamma = model.gamma
         model._run_state, model._run_id = state, state["run_id"]
         return model
 

@@ -107,9 +107,9 @@ class SOM(MeanFlowAlgorithm):
     :param uniform_time_share: Share in [0, 1] of times that are uniform; the others are logit-normal
     :param time_mean: Mean of the normal distribution inside the logit-normal distribution of times
     :param time_std: Its standard deviation
-    :param critic_reduction: "min" or "mean" over the critics, in targets, score estimates and choice of action
+    :param critic_reduction: "min" or "mean" over the critics, or "auto" as for MFPO, in targets, score estimates and choice of action
     :param compile_step: Whether to compile the gradient step with ``torch.compile``, which on a CUDA device also captures its
-        parts into CUDA graphs. The first steps then take minutes; the results are the same up to rounding.
+        parts into CUDA graphs. The first steps then take a minute; the results are the same up to rounding.
     :param allow_non_finite_observations: Whether observations may hold NaN or infinite numbers, which the features extractor
         must then replace; by default they stop the training. Rewards and actions must be finite in any case.
     :raises ValueError: If an argument is out of range; the message names it

@@ -27,7 +27,7 @@ from sb3_mfpo.nets.critics import Critic
 from sb3_mfpo.runs.algorithm import ResumableAlgorithm
 from sb3_mfpo.training.guards import check_finite, check_observation, naming_workers_that_ended
 from sb3_mfpo.training.policy import CRITIC_REDUCTIONS, GenerativePolicy
-from sb3_mfpo.training.return_scale import ReturnScale
+from sb3_mfpo.training.return_scale import ReturnScale, discounted_returns
 
 Metrics = dict[str, th.Tensor]
 
@@ -100,10 +100,8 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
         self.allow_non_finite_observations = allow_non_finite_observations
         self._rollout_timesteps = 0
         self._warned_of_clipping = False
-        # Whether a transition was learned from that terminates an episode
-        self._found_termination = False
-        # None where the range of the values is fixed
-        self.return_scale: ReturnScale | None = None
+        # Discounted, of the episodes that are being collected, shape (n_envs,)
+        self._returns = np.zeros(0)
         # `learn` makes the one that writes, but `train` may come first
         self._logger = Logger(None, [])
 
@@ -168,16 +166,14 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
         if not isinstance(self.policy, self.policy_base):
             raise self._wrong_policy()
         self._set_critic_reduction()
-        # A loaded model has one already
-        if self.policy.v_min is None and self.return_scale is None:
-            self.return_scale = ReturnScale(self.policy.value_range)
-            normalizer = self._vec_normalize_env
-            if normalizer is not None and normalizer.norm_reward:
-                warnings.warn(
-                    f"`VecNormalize` divides the rewards by their scale, as {type(self).__name__} does, and clips them at "
-                    f"{normalizer.clip_reward:g}. Give it `norm_reward=False`.",
-                    stacklevel=4,
-                )
+        normalizer = self._vec_normalize_env
+        # Not again when a model is loaded
+        if self.return_scale is not None and self.num_timesteps == 0 and normalizer is not None and normalizer.norm_reward:
+            warnings.warn(
+                f"`VecNormalize` divides the rewards by their scale, as {type(self).__name__} does, and clips them at "
+                f"{normalizer.clip_reward:g}. Give it `norm_reward=False`.",
+                stacklevel=4,
+            )
         # 1 from the first loss on that is not finite, where losses are looked at late
         self._found_inf = th.zeros((), device=self.device)
 
@@ -202,6 +198,11 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
     def critic_target(self) -> Critic:
         """The policy's target critics."""
         return self.policy.critic_target
+
+    @property
+    def return_scale(self) -> ReturnScale | None:
+        """The scale of the returns; None where the range of the values is fixed."""
+        return self.policy.return_scale
 
     # Around the environments: what they return is checked before it is stored
 
@@ -254,7 +255,8 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
         if self.return_scale is None:
             return
         before, settled = self.return_scale.value, self.return_scale.settled
-        self.return_scale.update(reward, self._episode_starts, self.gamma)
+        self._returns = discounted_returns(reward, self._episode_starts, self.gamma, self._returns)
+        self.return_scale.update(self._returns)
         if settled and self._n_updates > 0 and self.return_scale.value > self.MAX_SCALE_JUMP * before:
             warnings.warn(
                 f"The rewards {reward} at step {self.num_timesteps} raised the scale of the returns from {before:g} to "
@@ -263,6 +265,20 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
                 "`policy_kwargs=dict(v_min=..., v_max=...)`.",
                 stacklevel=2,
             )
+
+    def _follow_buffer(self) -> None:
+        # Transitions that this model has not collected
+        buffer, normalizer = self.replay_buffer, self._vec_normalize_env
+        assert buffer is not None and self.return_scale is not None
+        if buffer.size() == 0:
+            return
+        rows = np.arange(buffer.size()) if not buffer.full else np.roll(np.arange(buffer.buffer_size), -buffer.pos)
+        rewards = buffer.rewards[rows] if normalizer is None else normalizer.normalize_reward(buffer.rewards[rows])
+        returns, starts = np.zeros(rewards.shape), np.ones(buffer.n_envs, bool)
+        for row, (reward, done) in enumerate(zip(rewards, buffer.dones[rows], strict=True)):
+            returns[row] = discounted_returns(reward, starts, self.gamma, returns[row - 1])
+            starts = done > 0
+        self.return_scale.update(returns.ravel())
 
     def _check_observation(self, what: str, rows: Any, first_env: int = 0) -> None:
         check_observation(
@@ -287,10 +303,12 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
         self._found_inf.zero_()
         self._set_critic_reduction()
         if self.return_scale is not None:
+            if self.return_scale.moments.count == 0:
+                self._follow_buffer()
             factor = self.return_scale.follow()
             for critic in (self.critic, self.critic_target):
                 # Some returns rise. That all values do is a good guess only where episodes do not terminate.
-                critic.rescale(self.return_scale.unit or 1.0, factor if self._found_termination else 1.0)
+                critic.rescale(self.return_scale.unit or 1.0, factor if self.policy.found_termination else 1.0)
             self.logger.record("train/return_scale", self.return_scale.value)
 
         totals: defaultdict[str, float] = defaultdict(float)
@@ -304,13 +322,13 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
                     totals[name] += value
                     counts[name] += 1
                 history = []
-                self._found_termination |= totals["terminated"] > 0
+                self.policy.found_termination |= totals["terminated"] > 0
                 self._set_critic_reduction()
         self._log({name: total / counts[name] for name, total in totals.items()}, gradient_steps)
 
     def _set_critic_reduction(self) -> None:
         # Values run away where episodes can terminate; where they cannot, the minimum only slows learning
-        auto = "min" if self._found_termination else "mean"
+        auto = "min" if self.policy.found_termination else "mean"
         self.policy.critic_reduction = auto if self.critic_reduction == "auto" else self.critic_reduction
 
     def _gradient_step(self, batch: ReplayBufferSamples) -> Metrics:
@@ -455,7 +473,8 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
         self.logger.record("train/updates_per_step", gradient_steps / max(self._rollout_timesteps, 1))
         for name, value in metrics.items():
             self.logger.record(f"train/{name}", value)
-        settled = self.return_scale is None or self.return_scale.settled
+        # With all returns 0, rewards may be others where hindsight computes them
+        settled = self.return_scale is None or self.return_scale.moments.count >= 100
         if settled and metrics.get("clipped_target_mass", 0.0) > self.MAX_CLIPPED_MASS and not self._warned_of_clipping:
             self._warned_of_clipping = True
             atoms: Any = self.critic.atoms
@@ -467,6 +486,11 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
                 '`policy_kwargs`, or use `policy_kwargs=dict(critic_type="scalar")`.',
                 stacklevel=2,
             )
+
+    def set_parameters(self, *args: Any, **kwargs: Any) -> None:
+        super().set_parameters(*args, **kwargs)
+        # The parameters may be those of a run that has found a termination, or has another setting
+        self._set_critic_reduction()
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_compiled", "_found_inf"]

@@ -25,6 +25,7 @@ from sb3_mfpo.nets.critics import CategoricalCritic, Critic, ScalarCritic
 from sb3_mfpo.nets.layers import TanhGELU
 from sb3_mfpo.runs.files import replacing
 from sb3_mfpo.training.export import export_policy
+from sb3_mfpo.training.return_scale import ReturnScale
 
 CRITIC_REDUCTIONS = ("min", "mean")
 CHOICES = {
@@ -208,6 +209,26 @@ class GenerativePolicy(BasePolicy):
         # A buffer, so that a checkpoint restores how the policy acts whatever it was constructed with; the actor, which comes
         # later, says how many coordinates the noise has
         self.register_buffer("candidate_noise", th.empty(n_action_candidates, 0))
+        # What was seen of the task, without which the critics' weights mean something else
+        self.return_scale = ReturnScale(value_range) if v_min is None else None
+        self.found_termination = False
+
+    def get_extra_state(self) -> th.Tensor:
+        """
+        :return: What goes with the weights wherever they go: whether a termination was found and the minimum of the critics is
+            taken, and the scale of the returns
+        """
+        scale = [] if self.return_scale is None else self.return_scale.state()
+        return th.tensor([self.found_termination, self.critic_reduction == "min", *scale], dtype=th.float64)
+
+    def set_extra_state(self, state: th.Tensor) -> None:
+        """
+        :param state: From ``get_extra_state``
+        """
+        found_termination, minimum, *scale = state.tolist()
+        self.found_termination, self.critic_reduction = bool(found_termination), "min" if minimum else "mean"
+        if self.return_scale is not None and scale:
+            self.return_scale.restore(scale)
 
     @classmethod
     def check_arguments(cls, **kwargs: Any) -> None:
@@ -271,6 +292,8 @@ class GenerativePolicy(BasePolicy):
         # The number of candidates is a setting: take that of the checkpoint
         if (noise := state_dict.get(prefix + "candidate_noise")) is not None:
             self.candidate_noise = self.candidate_noise.new_empty(noise.shape)
+        # Weights of before there was an extra state
+        state_dict.setdefault(prefix + "_extra_state", self.get_extra_state())
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _build(self, lr_schedule: Schedule) -> None:

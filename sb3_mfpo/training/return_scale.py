@@ -6,11 +6,24 @@ import numpy as np
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 
 
+def discounted_returns(rewards: np.ndarray, starts: np.ndarray, gamma: float, before: np.ndarray) -> np.ndarray:
+    """
+    Discounted returns G so far, ``G <- r + gamma G``, which begin at 0 with every episode.
+
+    :param rewards: Rewards of one step, shape (n_envs,)
+    :param starts: Which of the environments have taken the first step of an episode, shape (n_envs,)
+    :param gamma: Discount factor in [0, 1]
+    :param before: The returns before the step; of another number of environments they count as 0
+    :return: Those after it, shape (n_envs,)
+    """
+    carried = np.zeros(len(rewards)) if len(before) != len(rewards) else np.where(starts, 0.0, before)
+    return np.asarray(rewards, np.float64) + gamma * carried
+
+
 class ReturnScale:
     """
-    Running scale of the discounted returns G of all environments, ``G <- r + gamma G``, which begin at 0 with every episode:
-    their standard deviation, or the largest of them over ``value_range`` where that is more, so that all of them are within
-    ``value_range`` scales. 1 as long as all rewards were 0.
+    Running scale of the discounted returns of all environments: their standard deviation, or the largest of them over
+    ``value_range`` where that is more, so that all of them are within ``value_range`` scales. 1 as long as all rewards were 0.
 
     It is proportional to the rewards. A factor that is a power of two changes no other bit of it. (The statistics are those of
     SimbaV2, https://arxiv.org/abs/2502.15280, without its epsilon.)
@@ -27,7 +40,6 @@ class ReturnScale:
         self.value_range = value_range
         # In units of return; 0 until there is a reward that is not
         self.unit = 0.0
-        self.returns = np.zeros(0)
         self.largest = 0.0
         # Without SB3's pseudo-count, which has a unit
         self.moments = RunningMeanStd(epsilon=0.0)
@@ -54,13 +66,23 @@ class ReturnScale:
         """Whether a hundred returns were seen, and one that is not 0: until then the scale moves by itself."""
         return self.largest > 0 and self.moments.count >= 100
 
-    def update(self, rewards: np.ndarray, starts: np.ndarray, gamma: float) -> None:
+    def update(self, returns: np.ndarray) -> None:
         """
-        :param rewards: Rewards of one step, shape (n_envs,)
-        :param starts: Which of the environments have taken the first step of an episode, shape (n_envs,)
-        :param gamma: Discount factor in [0, 1]
+        :param returns: Discounted returns, shape (n,)
         """
-        carried = np.zeros(len(rewards)) if len(self.returns) != len(rewards) else np.where(starts, 0.0, self.returns)
-        self.returns = np.asarray(rewards, np.float64) + gamma * carried
-        self.largest = max(self.largest, float(np.abs(self.returns).max()))
-        self.moments.update(self.returns)
+        self.largest = max(self.largest, float(np.abs(returns).max()))
+        self.moments.update(returns)
+
+    def state(self) -> list[float]:
+        """
+        :return: What was seen, and the unit, for ``restore``
+        """
+        moments = self.moments
+        return [self.unit, self.largest, float(moments.count), float(moments.mean), float(moments.var)]
+
+    def restore(self, state: list[float]) -> None:
+        """
+        :param state: From ``state``
+        """
+        self.unit, self.largest, self.moments.count, mean, variance = state
+        self.moments.mean, self.moments.var = np.asarray(mean), np.asarray(variance)
