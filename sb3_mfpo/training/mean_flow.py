@@ -22,8 +22,8 @@ class MeanFlowDraws(NamedTuple):
     """
     Random draws of a regression on the flow.
 
-    ``t`` and ``r``: time pairs in (0, 1) and [0, 1), shape (B, 1); ``n_equal``: number of leading rows with r = t; ``noise``: standard
-    normal, shape (B, d).
+    ``t`` and ``r``: time pairs in (0, 1) and [0, 1), shape (B, 1); ``n_equal``: number of leading rows with r = t; ``noise``:
+    standard normal, shape (B, d).
     """
 
     t: th.Tensor
