@@ -1,8 +1,8 @@
 """
 MFPO, SOM, SAC and TD3 on one task: the same seeds, steps and evaluations, one picture of their learning curves.
 
-Every run is a ``train`` of the zoo with its hyperparameters for the task; runs that are already in the folder are not
-repeated. Bands are 95 % bootstrap intervals of the mean over the seeds.
+Every run is a ``train`` of the zoo with its hyperparameters for the task; runs of as many steps that are already in the
+folder are not repeated, whatever their ``--params``. Bands are 95 % bootstrap intervals of the mean over the seeds.
 
     python examples/compare.py --env InvertedDoublePendulum-v5 --steps 10000 --seeds 0 1 2
 """
@@ -26,14 +26,28 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 
+def every(options: argparse.Namespace) -> int:
+    """Steps between two evaluations."""
+    return max(options.steps // 20, 1)
+
+
+def result(algorithm: str, seed: int, options: argparse.Namespace) -> Path | None:
+    """The evaluations of a run of that many steps, if there is one that has come to its end."""
+    runs = options.output / f"seed_{seed}" / algorithm
+    for path in sorted(runs.glob(f"{options.env.replace('/', '-')}_*/evaluations.npz")):
+        if options.steps - 2 * every(options) < np.load(path)["timesteps"][-1] <= options.steps:
+            return path
+    return None
+
+
 def train(algorithm: str, seed: int, options: argparse.Namespace) -> None:
     """One run, in a process and a folder of its own."""
     folder = options.output / f"seed_{seed}"
-    if any((folder / algorithm).glob(f"{options.env.replace('/', '-')}_*/evaluations.npz")):
+    if result(algorithm, seed, options) is not None:
         print(f"{algorithm}, seed {seed}: done before")
         return
     command = [sys.executable, "-m", "sb3_mfpo.zoo", "train", "--algo", algorithm, "--env", options.env, "--seed", str(seed)]
-    command += ["-n", str(options.steps), "--eval-freq", str(max(options.steps // 20, 1)), "--eval-episodes", "5"]
+    command += ["-n", str(options.steps), "--eval-freq", str(every(options)), "--eval-episodes", "5"]
     command += ["-f", str(folder), "--num-threads", "1", "--verbose", "0"]
     if options.params:
         command += ["-params", *options.params]
@@ -47,7 +61,8 @@ def evaluations(options: argparse.Namespace) -> Iterator[pd.DataFrame]:
     """Mean return of every evaluation of every run."""
     for algorithm in options.algos:
         for seed in options.seeds:
-            (path,) = (options.output / f"seed_{seed}" / algorithm).glob(f"{options.env.replace('/', '-')}_*/evaluations.npz")
+            path = result(algorithm, seed, options)
+            assert path is not None
             data = np.load(path)
             yield pd.DataFrame(
                 {

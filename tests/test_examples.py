@@ -12,6 +12,7 @@ from typing import Any
 import gymnasium as gym
 import minari
 import numpy as np
+import pandas as pd
 import pytest
 import speed
 import torch as th
@@ -150,6 +151,13 @@ def test_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     capsys.readouterr()
     load("compare").main(ARGUMENTS["compare"])
     assert capsys.readouterr().out.count("done before") == 4
+    # A run that was interrupted: its evaluations end early
+    (path,) = Path("compare/seed_1/td3").glob("*/evaluations.npz")
+    half = {name: values[:10] for name, values in np.load(path).items()}
+    np.savez(path, **half)
+    again = load("compare").main(ARGUMENTS["compare"])
+    assert capsys.readouterr().out.count("done before") == 3
+    pd.testing.assert_frame_equal(again, table)
 
 
 def test_speed_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
