@@ -15,7 +15,7 @@ MATHS = sorted(path for path in (PACKAGE / "maths").glob("*.py") if path.stem !=
 # The parts of this package that each part may import from, besides itself; the zoo may import from all
 MAY_IMPORT: dict[str, set[str]] = {
     "checks": set(),
-    "data": set(),
+    "data": {"runs", "training"},
     "envs": set(),
     "maths": set(),
     "nets": {"maths"},
