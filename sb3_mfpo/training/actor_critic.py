@@ -254,7 +254,8 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
     def _follow_returns(self, reward: np.ndarray) -> None:
         if self.return_scale is None:
             return
-        before, settled = self.return_scale.value, self.return_scale.settled
+        # A first return that is not 0 moves what has had no unit
+        before, settled = self.return_scale.value, self.return_scale.settled and self.return_scale.largest > 0
         self._returns = discounted_returns(reward, self._episode_starts, self.gamma, self._returns)
         self.return_scale.update(self._returns)
         if settled and self._n_updates > 0 and self.return_scale.value > self.MAX_SCALE_JUMP * before:
@@ -473,8 +474,7 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
         self.logger.record("train/updates_per_step", gradient_steps / max(self._rollout_timesteps, 1))
         for name, value in metrics.items():
             self.logger.record(f"train/{name}", value)
-        # With all returns 0, rewards may be others where hindsight computes them
-        settled = self.return_scale is None or self.return_scale.moments.count >= 100
+        settled = self.return_scale is None or self.return_scale.settled
         if settled and metrics.get("clipped_target_mass", 0.0) > self.MAX_CLIPPED_MASS and not self._warned_of_clipping:
             self._warned_of_clipping = True
             atoms: Any = self.critic.atoms

@@ -215,8 +215,9 @@ class GenerativePolicy(BasePolicy):
 
     def get_extra_state(self) -> th.Tensor:
         """
-        :return: What goes with the weights wherever they go: whether a termination was found and the minimum of the critics is
-            taken, and the scale of the returns
+        :return: What goes with the weights wherever they go, float64, shape (2,), or (7,) without a fixed range of the values:
+            whether a termination was found, whether the minimum of the critics is taken, and the state of the scale of the
+            returns
         """
         scale = [] if self.return_scale is None else self.return_scale.state()
         return th.tensor([self.found_termination, self.critic_reduction == "min", *scale], dtype=th.float64)

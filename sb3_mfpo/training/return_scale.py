@@ -63,8 +63,8 @@ class ReturnScale:
 
     @property
     def settled(self) -> bool:
-        """Whether a hundred returns were seen, and one that is not 0: until then the scale moves by itself."""
-        return self.largest > 0 and self.moments.count >= 100
+        """Whether a hundred returns were seen: until then the scale moves by itself."""
+        return self.moments.count >= 100
 
     def update(self, returns: np.ndarray) -> None:
         """
@@ -75,7 +75,8 @@ class ReturnScale:
 
     def state(self) -> list[float]:
         """
-        :return: What was seen, and the unit, for ``restore``
+        :return: The unit, the largest return in units of return, and the number, mean and variance of the returns, for
+            ``restore``
         """
         moments = self.moments
         return [self.unit, self.largest, float(moments.count), float(moments.mean), float(moments.var)]
