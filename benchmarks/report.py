@@ -52,6 +52,15 @@ def read_results(path: Path, suite: dict[str, Any]) -> pd.DataFrame:
     return rows.assign(score=(rows["return"] - low) / (high - low))
 
 
+def usual_seconds(rows: pd.DataFrame) -> pd.Series:
+    """
+    :param rows: From ``read_results``
+    :return: Their seconds, without those on other hardware than most rows', where the algorithm has done the task on that, too
+    """
+    usual = rows["hardware"] == rows["hardware"].mode()[0]
+    return rows["seconds"].where(usual | ~usual.groupby([rows["algorithm"], rows["task"]]).transform("any"))
+
+
 def n_missing(rows: pd.DataFrame, suite: dict[str, Any]) -> int:
     """
     :param rows: From ``read_results``
@@ -121,7 +130,7 @@ def draw_curves(rows: pd.DataFrame, suite: dict[str, Any], path: Path) -> None:
     :param path: The picture's
     """
     # Seeds take different times: a curve by time is over the mean time at a step
-    times = rows.groupby(["algorithm", "task", "step"])["seconds"].transform("mean")
+    times = rows.assign(seconds=usual_seconds(rows)).groupby(["algorithm", "task", "step"])["seconds"].transform("mean")
     rows = rows.assign(minutes=times / 60)
     panels = [("step", "deterministic"), ("step", "sample"), ("minutes", "deterministic")]
     tasks, colors = tasks_of(rows, suite), colors_of(rows, suite)
@@ -378,8 +387,8 @@ def table_by_task(rows: pd.DataFrame, suite: dict[str, Any]) -> str:
         returns at the end, all with the range of the seeds, and the time of a run, on the hardware of most runs if it was
         there
     """
-    over, last = over_training(rows, suite), rows.sort_values("step").groupby([*KEYS, "mode"]).last()
-    usual = rows["hardware"].mode()[0]
+    over = over_training(rows, suite)
+    last = rows.assign(seconds=usual_seconds(rows)).sort_values("step").groupby([*KEYS, "mode"]).last()
     heads = ["task", "algorithm", "seeds", "over training, equal steps", "equal time", "at the end", "same, sample", "minutes"]
     lines = [heads, ["---"] * len(heads)]
     for task in suite["tasks"]:
@@ -393,9 +402,7 @@ def table_by_task(rows: pd.DataFrame, suite: dict[str, Any]) -> str:
             ]
             cells = [task if name == names[0] else "", name, str(len(columns[0]))]
             cells += [with_range(values) for values in columns]
-            there = ends["hardware"] == usual
-            seconds = ends["seconds"][there if there.any() else slice(None)]
-            lines.append([*cells, f"{seconds.mean() / 60:.1f}"])
+            lines.append([*cells, f"{ends['seconds'].mean() / 60:.1f}"])
     return markdown(lines)
 
 
