@@ -11,6 +11,7 @@ task (0 and 1 are its ``score``); intervals are 95 % bootstrap intervals, strati
 from __future__ import annotations
 
 import argparse
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -55,10 +56,18 @@ def read_results(path: Path, suite: dict[str, Any]) -> pd.DataFrame:
 def usual_seconds(rows: pd.DataFrame) -> pd.Series:
     """
     :param rows: From ``read_results``
-    :return: Their seconds, without those on other hardware than most rows', where the algorithm has done the task on that, too
+    :return: Their seconds, without those on other hardware than that of most of a task's rows
     """
-    usual = rows["hardware"] == rows["hardware"].mode()[0]
-    return rows["seconds"].where(usual | ~usual.groupby([rows["algorithm"], rows["task"]]).transform("any"))
+    usual = rows.groupby("task")["hardware"].transform(lambda names: names.mode()[0])
+    return rows["seconds"].where(rows["hardware"] == usual)
+
+
+def in_minutes(seconds: float) -> str:
+    """
+    :param seconds: Time, NaN if unknown
+    :return: Minutes for a table
+    """
+    return "" if math.isnan(seconds) else f"{seconds / 60:.1f}"
 
 
 def n_missing(rows: pd.DataFrame, suite: dict[str, Any]) -> int:
@@ -314,9 +323,9 @@ def table(rows: pd.DataFrame, suite: dict[str, Any]) -> str:
     }
     better, _ = improvements(scores(rows, suite, modes[0], at_end=True))
     first = next(iter(suite["algorithms"]))
-    last = rows.sort_values("step").groupby([*KEYS, "mode"]).last()
+    last = rows.assign(seconds=usual_seconds(rows)).sort_values("step").groupby([*KEYS, "mode"]).last()
     returns = last.groupby(["algorithm", "task", "mode"])["return"].agg(["mean", "std"])
-    minutes = last.groupby("algorithm")["seconds"].median() / 60
+    seconds = last.groupby("algorithm")["seconds"].median()
     heads = ["", "IQM at the end", "same, sample", "IQM over training", f"P({first} better)", "minutes", *suite["tasks"]]
     lines = [heads, ["---"] * len(heads)]
     for name in suite["algorithms"]:
@@ -324,7 +333,7 @@ def table(rows: pd.DataFrame, suite: dict[str, Any]) -> str:
         for key in ((modes[0], True), (modes[1], True), (modes[0], False)):
             estimate, interval = (values[name] for values in aggregates[key])
             cells.append(f"{estimate[0]:.2f}" + (f" [{interval[0, 0]:.2f}, {interval[1, 0]:.2f}]" if several else ""))
-        cells += [f"{better[f'{first}|{name}'].item():.2f}" if name != first and several else "", f"{minutes[name]:.1f}"]
+        cells += [f"{better[f'{first}|{name}'].item():.2f}" if name != first and several else "", in_minutes(seconds[name])]
         for task in suite["tasks"]:
             values = [returns.loc[name, task, mode] for mode in modes]
             digits = 1 if abs(values[0]["mean"]) < 100 else 0
@@ -384,8 +393,8 @@ def table_by_task(rows: pd.DataFrame, suite: dict[str, Any]) -> str:
     :param rows: From ``read_results``
     :param suite: The suite
     :return: Markdown: a line for each task and algorithm with the mean over training by equal steps and by equal time, the
-        returns at the end, all with the range of the seeds, and the time of a run, on the hardware of most runs if it was
-        there
+        returns at the end, all with the range of the seeds, and the time of a run, where it was done on the hardware of most
+        of the task's
     """
     over = over_training(rows, suite)
     last = rows.assign(seconds=usual_seconds(rows)).sort_values("step").groupby([*KEYS, "mode"]).last()
@@ -402,7 +411,7 @@ def table_by_task(rows: pd.DataFrame, suite: dict[str, Any]) -> str:
             ]
             cells = [task if name == names[0] else "", name, str(len(columns[0]))]
             cells += [with_range(values) for values in columns]
-            lines.append([*cells, f"{ends['seconds'].mean() / 60:.1f}"])
+            lines.append([*cells, f"{in_minutes(ends['seconds'].mean())}"])
     return markdown(lines)
 
 

@@ -314,6 +314,10 @@ def test_means_over_training_by_steps_and_by_time(tmp_path: Path) -> None:
     for more, minutes in ((slower, ["3.0", "6.0"]), (pd.concat([slower, third]), ["4.5", "6.0"])):
         lines = report.table_by_task(pd.concat([table, more]), suite).splitlines()[2:]
         assert [line.split(" | ")[-1] for line in lines] == [f"{value} |" for value in minutes]
+    # None where it was on another one only
+    rows = pd.concat([table[table["algorithm"] == "A"], third, slower[slower["algorithm"] == "B"]])
+    lines = report.table_by_task(rows, suite).splitlines()[2:]
+    assert [line.split(" | ")[-1] for line in lines] == ["4.5 |", " |"]
     # More seeds of one than of the other
     more = pd.concat([table, table[table["algorithm"] == "A"].assign(seed=1)])
     more.loc[more["seed"] == 1, "return"] *= 2
