@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,8 +32,6 @@ import matplotlib.pyplot as plt
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 REPETITIONS = 2000
 PALETTE = "colorblind"
-# What rliable calls its bootstrap with
-warnings.filterwarnings("ignore", message="random_state is deprecated", category=FutureWarning)
 
 
 def read_results(path: Path, suite: dict[str, Any]) -> pd.DataFrame:
@@ -56,10 +53,9 @@ def read_results(path: Path, suite: dict[str, Any]) -> pd.DataFrame:
 def usual_seconds(rows: pd.DataFrame) -> pd.Series:
     """
     :param rows: From ``read_results``
-    :return: Their seconds, without those on other hardware than that of most of a task's rows
+    :return: Their seconds, without those on other hardware than most rows'
     """
-    usual = rows.groupby("task")["hardware"].transform(lambda names: names.mode()[0])
-    return rows["seconds"].where(rows["hardware"] == usual)
+    return rows["seconds"].where(rows["hardware"] == rows["hardware"].mode()[0])
 
 
 def in_minutes(seconds: float) -> str:
@@ -101,7 +97,6 @@ def interquartile_means(by_algorithm: dict[str, np.ndarray]) -> tuple[dict[str, 
         by_algorithm,
         lambda values: np.array([metrics.aggregate_iqm(values)]),
         reps=REPETITIONS,
-        random_state=np.random.RandomState(0),
     )
 
 
@@ -118,7 +113,6 @@ def against_first(
         {f"{first}|{other}": (by_algorithm[first], by_algorithm[other]) for other in others},
         statistic,
         reps=REPETITIONS,
-        random_state=np.random.RandomState(0),
     )
 
 
@@ -143,7 +137,8 @@ def draw_curves(rows: pd.DataFrame, suite: dict[str, Any], path: Path) -> None:
     rows = rows.assign(minutes=times / 60)
     panels = [("step", "deterministic"), ("step", "sample"), ("minutes", "deterministic")]
     tasks, colors = tasks_of(rows, suite), colors_of(rows, suite)
-    size = (3.6 * len(panels), 2.5 * len(tasks) + 0.3 * -(-len(colors) // 4) + 0.3)
+    published: dict[str, plt.Line2D] = {}
+    size = (3.6 * len(panels), 2.5 * len(tasks) + 0.3 * -(-len(colors) // 4) + 0.6)
     figure, axes = plt.subplots(len(tasks), len(panels), figsize=size, squeeze=False, layout="constrained")
     for i, task in enumerate(tasks):
         for j, (x, mode) in enumerate(panels):
@@ -155,8 +150,8 @@ def draw_curves(rows: pd.DataFrame, suite: dict[str, Any], path: Path) -> None:
                 title=f"{mode}, by {'steps' if x == 'step' else 'time'}" if i == 0 else "",
             )
             if j == 0 and (name := suite["tasks"][task].get("published")):
-                draw_published(name, axis)
-    draw_legend(figure, colors)
+                published |= draw_published(name, axis)
+    draw_legend(figure, colors, published)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
@@ -207,31 +202,33 @@ def draw_panel(rows: pd.DataFrame, x: str, colors: dict[str, Any], axis: plt.Axe
     )
 
 
-def draw_published(task: str, axis: plt.Axes) -> None:
+def draw_published(task: str, axis: plt.Axes) -> dict[str, plt.Line2D]:
     """
     Others' learning curves, as far as the axis goes; those of which it shows fewer than two points are left out.
 
     :param task: Its name in ``results/published.csv``
     :param axis: Of returns against steps
+    :return: The curves by the name of the algorithm, which has the same marker on every task
     """
     curves = pd.read_csv(RESULTS / "published.csv")
+    markers = dict(zip(sorted(curves["algorithm"].unique()), "ovsx", strict=True))
     curves = curves[(curves["task"] == task) & (curves["step"] <= axis.dataLim.x1)]
-    lines = [
-        axis.plot(curve["step"], curve["mean"], f"{marker}--", color="grey", markersize=3, linewidth=0.8, label=name)[0]
-        for marker, (name, curve) in zip("ovsx", curves.groupby("algorithm"), strict=False)
+    return {
+        name: axis.plot(curve["step"], curve["mean"], f"{markers[name]}--", color="grey", markersize=3, linewidth=0.8)[0]
+        for name, curve in curves.groupby("algorithm")
         if len(curve) > 1
-    ]
-    if lines:
-        axis.legend(handles=lines, title="published", fontsize="x-small", title_fontsize="x-small")
+    }
 
 
-def draw_legend(figure: plt.Figure, colors: dict[str, Any]) -> None:
+def draw_legend(figure: plt.Figure, colors: dict[str, Any], published: dict[str, plt.Line2D] | None = None) -> None:
     """
     :param figure: With constrained layout
     :param colors: Of the algorithms, by name
+    :param published: Curves of others, by the name of the algorithm
     """
-    lines = [plt.Line2D([], [], color=color, label=name) for name, color in colors.items()]
-    figure.legend(handles=lines, loc="outside lower center", ncols=4)
+    lines = {name: plt.Line2D([], [], color=color) for name, color in colors.items()}
+    lines |= {f"{name}, published": line for name, line in sorted((published or {}).items())}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4)
 
 
 def draw_aggregate(rows: pd.DataFrame, suite: dict[str, Any], path: Path) -> None:
@@ -267,7 +264,6 @@ def draw_aggregate(rows: pd.DataFrame, suite: dict[str, Any], path: Path) -> Non
             curves,
             lambda values: np.array([metrics.aggregate_iqm(values[..., k]) for k in range(values.shape[-1])]),
             reps=REPETITIONS // 4,
-            random_state=np.random.RandomState(0),
         )
         plot_utils.plot_sample_efficiency_curve(
             np.arange(1, n + 1) / n,
@@ -394,7 +390,7 @@ def table_by_task(rows: pd.DataFrame, suite: dict[str, Any]) -> str:
     :param suite: The suite
     :return: Markdown: a line for each task and algorithm with the mean over training by equal steps and by equal time, the
         returns at the end, all with the range of the seeds, and the time of a run, where it was done on the hardware of most
-        of the task's
+        rows
     """
     over = over_training(rows, suite)
     last = rows.assign(seconds=usual_seconds(rows)).sort_values("step").groupby([*KEYS, "mode"]).last()
@@ -435,6 +431,8 @@ def main(arguments: list[str] | None = None) -> None:
     name, suite = options.suite.stem, read_suite(options.suite, options.tasks, options.algorithms, options.seeds)
     rows = read_results(options.input or RESULTS / f"{name}.csv", suite)
     options.images.mkdir(parents=True, exist_ok=True)
+    # rliable draws from NumPy's global generator
+    np.random.seed(0)
     draw_curves(rows, suite, options.images / f"{name}_curves.png")
     draw_overview(rows, suite, options.images / f"{name}_overview.png")
     path = options.table or RESULTS / f"{name}.md"

@@ -25,6 +25,7 @@ from typing import Any
 
 import pandas as pd
 import suite as suites
+from filelock import FileLock
 from suite import KEYS, Run, folder_of, read_suite, runs_of
 from tqdm import tqdm
 
@@ -63,12 +64,13 @@ def read_rows(path: Path) -> pd.DataFrame:
 def append(rows: pd.DataFrame, path: Path) -> None:
     """
     :param rows: A run's
-    :param path: The CSV file, written anew: it is whole at any time
+    :param path: The CSV file, written anew: it is whole at any time. Other processes may append to it, too.
     """
-    table = pd.concat([read_rows(path), rows]) if path.exists() else rows
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        table.to_csv(file, index=False)
+    with FileLock(f"{path}.lock"):
+        table = pd.concat([read_rows(path), rows]) if path.exists() else rows
+        with replacing(path) as file:
+            table.to_csv(file, index=False)
 
 
 def finished(path: Path) -> set[tuple[str, str, int]]:

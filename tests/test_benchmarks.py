@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,14 @@ def test_rows_keep_a_commit_that_could_be_a_number(tmp_path: Path) -> None:
     for commit in ("0902e35", "0123456"):
         run.append(pd.DataFrame([dict(step=1, commit=commit)]), tmp_path / "results.csv")
     assert (tmp_path / "results.csv").read_text() == "step,commit\n1,0902e35\n1,0123456\n"
+
+
+def test_several_may_append_to_one_file(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        list(
+            pool.map(lambda step: run.append(pd.DataFrame([dict(step=step, commit="a")]), tmp_path / "results.csv"), range(40))
+        )
+    assert sorted(pd.read_csv(tmp_path / "results.csv")["step"]) == list(range(40))
 
 
 @pytest.mark.parametrize(("algo", "by"), [("mfpo", "a signal"), ("sac", "its minutes")])
@@ -290,6 +299,18 @@ def test_aggregates_match_their_definitions(tmp_path: Path) -> None:
     assert line.endswith(f"| {b / 2000:.2f} | {b / 2000 - 0.05:.2f} | {mean / 2000:.2f} |  | 3.0 | {b:.0f} / {b - 100:.0f} |")
 
 
+def test_the_same_results_make_the_same_tables(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    made_up(tmp_path / "results.csv", {name: generator.uniform(0, 1000, (5, 2)).tolist() for name in "AB"})
+    path = write_suite(tmp_path, algorithms={name: {"algo": "sac"} for name in "AB"}, seeds=list(range(5)))
+    texts = []
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        where = ["--images", str(folder), "--table", str(folder / "table.md")]
+        report.main([str(path), "--input", str(tmp_path / "results.csv"), *where])
+        texts.append([file.read_text() for file in sorted(folder.glob("*.md"))])
+    assert len(texts[0]) == 3 and "[" in texts[0][0] and texts[0] == texts[1]
+
+
 def test_means_over_training_by_steps_and_by_time(tmp_path: Path) -> None:
     """Straight lines: A rises from 0 to 200 in three minutes, B from 0 to 300 in six."""
     table = made_up(tmp_path / "results.csv", {"A": [[0.0, 100.0, 200.0]], "B": [[0.0, 150.0, 300.0]]})
@@ -348,8 +369,8 @@ def test_differences_of_interquartile_means(tmp_path: Path) -> None:
 def test_curves_of_others_are_drawn_as_far_as_ours_go() -> None:
     figure, axis = plt.subplots()
     axis.plot([5_000, 50_000], [0, 1])
-    report.draw_published("HalfCheetah-v4", axis)
-    drawn = {line.get_label(): line.get_xydata() for line in axis.get_lines()}
+    lines = report.draw_published("HalfCheetah-v4", axis)
+    drawn = {name: line.get_xydata() for name, line in lines.items()}
     # One of SAC's points and one of SimbaV2's, read in the file
     assert [16666.0, 547.0] in np.round(drawn["SAC"]).tolist()
     assert [50_000.0, 5_887.0] in np.round(drawn["SimbaV2, 2 updates per step"]).tolist()
@@ -357,9 +378,11 @@ def test_curves_of_others_are_drawn_as_far_as_ours_go() -> None:
     # Not even two points before 10 000 steps
     shorter = figure.add_subplot()
     shorter.plot([0, 10_000], [0, 1])
-    report.draw_published("HalfCheetah-v4", shorter)
-    assert "SAC" not in [line.get_label() for line in shorter.get_lines()]
-    assert [text.get_text() for text in shorter.get_legend().get_texts()] == ["CrossQ", "MR.Q"]
+    fewer = report.draw_published("HalfCheetah-v4", shorter)
+    assert list(fewer) == ["CrossQ", "MR.Q"] and len(shorter.get_lines()) == 1 + len(fewer)
+    assert fewer["MR.Q"].get_marker() == lines["MR.Q"].get_marker() != lines["SAC"].get_marker()
+    report.draw_legend(figure, {"MFPO": "red"}, fewer)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["MFPO", "CrossQ, published", "MR.Q, published"]
     plt.close(figure)
 
 

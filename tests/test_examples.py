@@ -266,6 +266,9 @@ def test_mazes_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     # What is there is not repeated
     capsys.readouterr()
     assert example.main([*ARGUMENTS["mazes"], "--seeds", "0"]).equals(table) and not capsys.readouterr().out
+    # Shorter ones are
+    longer = example.main([*ARGUMENTS["mazes"], "--steps", "100"])
+    assert list(longer["step"]) == [30, 30, 60, 60, 90, 90]
 
 
 @pytest.mark.parametrize("reward", ["dense", "sparse"])
