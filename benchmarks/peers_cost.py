@@ -26,7 +26,7 @@ import pandas as pd
 import torch as th
 from captured_sac import CapturedSAC
 from machine import processor, versions
-from peers import DACER, DIME, MaxEntDP
+from peers import DACER, DIME, MaxEntDP, SACFlow
 from run import RESULTS, commit
 from speed import BATCH_SIZE, STEPS, Rows, compare
 from stable_baselines3 import SAC
@@ -36,13 +36,16 @@ from sb3_mfpo import MFPO
 
 
 class Kind(NamedTuple):
-    """An algorithm, passes and chain of its gradient step, and the number of steps of its sampler."""
+    """
+    An algorithm, passes and chain of its gradient step, steps of its sampler, and passes that a state takes beside them.
+    """
 
     algorithm: type[OffPolicyAlgorithm]
     settings: dict[str, Any]
     passes: float
     chain: float
     sampling_steps: int
+    state_passes: int = 0
 
 
 KINDS = {
@@ -54,6 +57,8 @@ KINDS = {
     "MaxEntDP": Kind(MaxEntDP, {}, 2031, 27, 20),
     "MaxEntDP, MFPO's budget": Kind(MaxEntDP, dict(n_samples=48, n_entropy_draws=2), 167, 27, 20),
     "DACER": Kind(DACER, {}, 92, 65, 20),
+    # The noise of all steps is that of a network of the state
+    "SAC-Flow (Flow-G)": Kind(SACFlow, {}, 32, 17, 4, state_passes=1),
 }
 
 
@@ -70,8 +75,8 @@ def model_costs(name: str, what: str) -> tuple[float, float]:
     if what == "learn":
         return kind.passes, kind.chain + kind.sampling_steps
     if what == "chosen action" and name != "SAC":
-        return 10 * kind.sampling_steps + 20, kind.sampling_steps + 1
-    return kind.sampling_steps, kind.sampling_steps
+        return 10 * kind.sampling_steps + kind.state_passes + 20, kind.sampling_steps + 1
+    return kind.sampling_steps + kind.state_passes, kind.sampling_steps
 
 
 def make_models(

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +19,7 @@ import peers_cost
 import pytest
 import suite as suites
 import torch as th
-from peers import DACER, DIME, PEERS, MaxEntDP, maths
+from peers import DACER, DIME, PEERS, MaxEntDP, SACFlow, maths
 from peers.common import frozen
 from stable_baselines3.common.envs import IdentityEnvBox
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -32,6 +33,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "dime": dict(policy_kwargs=dict(sampling_steps=5)),
     "maxentdp": dict(n_samples=16, n_entropy_draws=2, policy_kwargs=dict(sampling_steps=5)),
     "dacer": dict(entropy_interval=7, n_entropy_samples=20, policy_kwargs=dict(sampling_steps=5)),
+    "sacflow": dict(policy_kwargs=dict(sampling_steps=3)),
 }
 
 
@@ -44,6 +46,21 @@ def make(name: str, env: Any = None, **kwargs: Any) -> Any:
         RandomEnv() if env is None else env,
         **{**settings, **SMALL[name], **kwargs, "policy_kwargs": policy_kwargs},  # type: ignore[arg-type]
     )
+
+
+def slopes(value: Callable[[], th.Tensor], network: th.nn.Module, generator: th.Generator) -> tuple[float, float]:
+    """Slope of a value in a direction of all of a network's weights: by its gradient, and by a finite difference."""
+    parameters = list(network.parameters())
+    direction = [th.randn(parameter.shape, generator=generator, dtype=th.float64) for parameter in parameters]
+    gradients = th.autograd.grad(value(), parameters)
+    slope = sum((gradient * step).sum() for gradient, step in zip(gradients, direction, strict=True))
+    values = []
+    for shift in (1e-7, -2e-7):
+        with th.no_grad():
+            for parameter, step in zip(parameters, direction, strict=True):
+                parameter += shift * step
+        values.append(value().item())
+    return float(slope), (values[0] - values[1]) / 2e-7
 
 
 @pytest.fixture(params=PEERS)
@@ -295,22 +312,8 @@ def test_the_gradient_through_the_whole_chain() -> None:
     noise = th.randn(32, actor.noise_dim, generator=generator, dtype=th.float64)
     # Away from the bounds, where half of the actions of a new chain are
     th.nn.init.normal_(actor.network.body[-1].weight, std=1.0, generator=generator)
-    parameters = list(actor.network.parameters())
-    direction = [th.randn(parameter.shape, generator=generator, dtype=th.float64) for parameter in parameters]
-
-    def value() -> th.Tensor:
-        return (actor.act(features, noise) - 0.1).square().sum()
-
-    gradients = th.autograd.grad(value(), parameters)
-    slope = sum((gradient * step).sum() for gradient, step in zip(gradients, direction, strict=True))
-    values = []
-    for shift in (1e-7, -2e-7):
-        with th.no_grad():
-            for parameter, step in zip(parameters, direction, strict=True):
-                parameter += shift * step
-        values.append(value())
-    assert abs(float(slope)) > 1
-    assert float(slope) == pytest.approx(((values[0] - values[1]) / 2e-7).item(), rel=1e-4)
+    slope, difference = slopes(lambda: (actor.act(features, noise) - 0.1).square().sum(), actor.network, generator)
+    assert abs(slope) > 1 and slope == pytest.approx(difference, rel=1e-4)
     # Every level is reached by the gradient
     leaf = noise.clone().requires_grad_()
     (of_noise,) = th.autograd.grad((actor.act(features, leaf) - 0.1).square().sum(), leaf)
@@ -337,13 +340,123 @@ def test_the_entropy_of_a_mixture() -> None:
     assert th.isfinite(maths.mixture_entropy(crowded)).all() and th.isfinite(maths.mixture_entropy(th.ones(2, 20, 3))).all()
 
 
+# SAC-Flow
+
+
+def test_the_log_density_of_a_path_is_that_of_all_its_steps() -> None:
+    """By PyTorch's own densities of the points on the way, with other noise for every state."""
+    model = make("sacflow", policy_kwargs=dict(sampling_steps=4))
+    actor, generator = model.actor.double(), th.Generator().manual_seed(0)
+    features = th.randn(50, 3, generator=generator, dtype=th.float64)
+    # Small, as PyTorch's inverse of tanh is infinite far out
+    noise = 0.3 * th.randn(50, actor.noise_dim, generator=generator, dtype=th.float64)
+    points, velocity, std = [], actor.on_chain(features), actor.log_std(features).exp()
+
+    def watched(x: th.Tensor, step: int) -> th.Tensor:
+        points.append(x)
+        return velocity(x, step)
+
+    with th.no_grad():
+        points.append(maths.noisy_flow(watched, actor.split(noise), std))
+        actions, log_prob = actor.sample(features, noise)
+        expected = Normal(th.zeros(2, dtype=th.float64), 1.0).log_prob(points[0]).sum(dim=-1)
+        for step in range(4):
+            kernel = Normal(points[step] + velocity(points[step], step) / 4, std)
+            end = TransformedDistribution(kernel, [TanhTransform()]) if step == 3 else kernel
+            expected += end.log_prob(actions if step == 3 else points[step + 1]).sum(dim=-1)
+    assert len(points) == 5 and std.std(dim=0).min() > 0.01
+    assert th.allclose(actions, points[-1].tanh()) and th.allclose(actor.act(features, noise), actions)
+    assert th.allclose(log_prob, expected)
+
+
+def test_with_closed_gates_a_path_is_a_random_walk() -> None:
+    """Its end is a Gaussian of the variance 1 + T sigma^2, and one step's density is that of a Gaussian around its start."""
+    generator, std = th.Generator().manual_seed(0), th.tensor([0.3, 0.7]).double()
+    noise = th.randn(5, 100_000, 2, generator=generator, dtype=th.float64).unbind()
+
+    def closed(x: th.Tensor, step: int) -> th.Tensor:
+        return maths.gated_velocity(x, gate=x.new_tensor(-math.inf), candidate=7 * x)
+
+    end = maths.noisy_flow(closed, noise, std)
+    assert th.allclose(end.var(dim=0), 1 + 4 * std.square(), rtol=0.02)
+    step, of_start = maths.noisy_flow(closed, noise[:2], std), Normal(th.zeros(2, dtype=th.float64), 1.0).log_prob(noise[0])
+    expected = of_start + Normal(noise[0], std).log_prob(step)
+    assert th.allclose(maths.noisy_flow_log_prob(noise[:2], std.log()), expected.sum(dim=-1))
+
+
+def test_an_open_gate_leads_to_its_candidate() -> None:
+    """In T Euler steps of 1 / T a share (1 - 1 / T)^T of the way is left, in one step none; noise adds up as it shrinks."""
+    start, target = th.tensor([0.4, -1.3]), th.tensor([-0.2, 0.5])
+
+    def opened(x: th.Tensor, step: int) -> th.Tensor:
+        return maths.gated_velocity(x, gate=x.new_tensor(100.0), candidate=target)
+
+    for n_steps, left in ((1, 0.0), (4, 0.75**4)):
+        still = [start] + n_steps * [th.zeros(2)]
+        assert th.allclose(maths.noisy_flow(opened, still, th.ones(2)), target + left * (start - target))
+    draws = [start, *th.eye(2).repeat(2, 1)]
+    expected = target + 0.75**4 * (start - target) + 0.1 * th.tensor([0.75**3 + 0.75, 0.75**2 + 1])
+    assert th.allclose(maths.noisy_flow(opened, draws, th.tensor(0.1)), expected)
+
+
+def test_the_flow_starts_with_open_gates_and_bounded_noise() -> None:
+    actor = SACFlow("MlpPolicy", RandomEnv(), buffer_size=10, device="cpu").actor
+    assert th.allclose(actor.times, th.tensor([1.0, 0.75, 0.5, 0.25]))
+    features, x = th.randn(20, 3), th.randn(20, 2)
+    gate, candidate = actor.network(features, x, actor.embed(th.ones(1, 1))).chunk(2, dim=-1)
+    assert th.allclose(gate.sigmoid(), th.tensor(1 / (1 + math.exp(-5))))
+    assert candidate.std() > 0.1
+    assert th.allclose(actor.on_chain(features)(x, 0), gate.sigmoid() * (candidate - x), atol=1e-6)
+    bounds = maths.bounded_log_std(th.tensor([-50.0, 0.0, 50.0]))
+    assert bounds.tolist() == [-5, -1.5, 2]
+    # The noise is the state's
+    assert actor.log_std(features).std(dim=0).min() > 0.01
+
+
+def test_the_gradient_of_values_and_density_through_the_flow() -> None:
+    """Of what the actor descends on, against finite differences in a direction of all weights, also of the noise's network."""
+    actor, generator = make("sacflow").actor.double(), th.Generator().manual_seed(0)
+    features = th.randn(32, 3, generator=generator, dtype=th.float64)
+    noise = th.randn(32, actor.noise_dim, generator=generator, dtype=th.float64)
+
+    def loss() -> th.Tensor:
+        actions, log_prob = actor.sample(features, noise)
+        return (0.2 * log_prob + (actions - 0.1).square().sum(dim=-1)).sum()
+
+    for network in (actor.network, actor.std_network):
+        slope, difference = slopes(loss, network, generator)
+        assert abs(slope) > 1 and slope == pytest.approx(difference, rel=1e-4)
+    # The start and every step are reached by the gradient
+    leaf = noise.clone().requires_grad_()
+    (of_noise,) = th.autograd.grad(actor.act(features, leaf).sum(), leaf)
+    assert (of_noise.view(32, 4, 2).abs().sum(dim=(0, 2)) > 0).all()
+
+
+def test_the_temperature_of_sacflow_rises_when_the_entropy_is_below_its_target() -> None:
+    for target, rises in ((5.0, True), (-15.0, False)):
+        model = make("sacflow", target_entropy=target, learning_starts=20).learn(12)
+        entropy = model._gradient_step(model.replay_buffer.sample(8))["entropy"]
+        assert (entropy < 2 * target) == (model.temperature().item() > 0.2) == rises
+
+
 # All of them
 
 
 def test_peers_have_the_networks_of_the_package(name: str) -> None:
-    """Actor and critics but for what the method adds: DIME's step sizes are not in the network."""
+    """
+    Actor and critics but for what the method adds: DIME's step sizes and SAC-Flow's network of the noise are not in the
+    network, and SAC-Flow's has a gate beside its candidate.
+    """
     peer = PEERS[name]("MlpPolicy", RandomEnv(), buffer_size=10, device="cpu")
     som = SOM("MlpPolicy", RandomEnv(), buffer_size=10, device="cpu")
+    if name == "sacflow":
+        assert peer.actor.network.output_layer.out_features == 2 * som.actor.network.output_layer.out_features
+        assert [layer.out_features for layer in peer.actor.std_network.modules() if isinstance(layer, th.nn.Linear)] == [
+            256,
+            256,
+            2,
+        ]
+        peer.actor.network.body[-1] = som.actor.network.body[-1]
     for network, other in ((peer.actor.network, som.actor.network), (peer.critic, som.critic)):
         assert {key: value.shape for key, value in network.state_dict().items()} == {
             key: value.shape for key, value in other.state_dict().items()
@@ -420,6 +533,7 @@ def load_toy() -> ModuleType:
         MaxEntDP=(MaxEntDP, dict(ent_coef=1.0, n_samples=64, n_entropy_draws=1)),
         # A step of the scale at every fourth update instead of every 10 000th
         DACER=(DACER, dict(entropy_interval=4, n_entropy_samples=50)),
+        SACFlow=(SACFlow, dict(ent_coef=1.0, target_entropy=None)),
     )
     return toy
 
@@ -463,6 +577,31 @@ def test_dacer_finds_the_peak_with_the_entropy_of_its_target() -> None:
     assert 0.05 < actions.std(dim=0).min() and actions.std(dim=0).max() < 0.13
 
 
+@pytest.mark.parametrize("n_steps", [1, 4])
+def test_the_noise_of_sacflow_fits_a_peak(n_steps: int) -> None:
+    """
+    The noise of each step is rewarded with ln sigma. For Q the log-density of N(m, s^2), E[Q] + T ln sigma is greatest where
+    the noise brings the action a variance of T s^2, whatever the velocity. With one step that is the density itself.
+    """
+    toy, std = load_toy(), 0.05
+    target = toy.Mixture(th.tensor([[0.3, -0.2]]), std, th.zeros(1, dtype=th.long))
+    settings = dict(learning_rate=3e-3, batch_size=128, sampling_steps=n_steps)
+    actions = samples_of(train_on(toy, "SACFlow", target, 300, **settings))
+    print(actions.mean(dim=0), actions.std(dim=0))
+    assert th.allclose(actions.mean(dim=0), target.means[0], atol=0.01)
+    assert th.allclose(actions.std(dim=0), th.tensor(std * n_steps**0.5), rtol=0.1)
+
+
+def test_sacflow_keeps_one_of_six_modes() -> None:
+    """At the temperature 1 / T, which fits the width of a mode: the path's entropy does not reward that there are six."""
+    toy = load_toy()
+    target = toy.TARGETS["six modes"]
+    settings = dict(learning_rate=3e-3, batch_size=128, sampling_steps=4, ent_coef=1 / 4)
+    trained = toy.evaluate(target, samples_of(train_on(toy, "SACFlow", target, 350, **settings)), None)
+    print(trained)
+    assert trained["modes"] == 1 and trained["strays"] < 0.05
+
+
 class Repeat(IdentityEnvBox):
     """Costs the squared distance between action and observation: -67 for 100 random actions, -33 for zeros."""
 
@@ -494,7 +633,7 @@ def test_an_action_takes_all_steps(name: str, deterministic: bool, rows: int) ->
     body = model.actor_target.network.body
     body.register_forward_hook(lambda module, inputs, output: seen.append(output[..., 0].numel()))
     model.predict(model.observation_space.sample(), deterministic=deterministic)
-    assert seen == [rows] * {"dime": 16, "maxentdp": 20, "dacer": 20}[name]
+    assert seen == [rows] * {"dime": 16, "maxentdp": 20, "dacer": 20, "sacflow": 4}[name]
 
 
 def test_the_command_for_the_cost(tmp_path: Path) -> None:
@@ -502,10 +641,14 @@ def test_the_command_for_the_cost(tmp_path: Path) -> None:
     arguments = ["--quick", "--env", "Pendulum-v1", "--output", str(tmp_path / "out" / "cost.csv")]
     table = peers_cost.main(arguments)
     written = pd.read_csv(tmp_path / "out" / "cost.csv")
-    assert len(written) == len(table) == 6 * 7 and (written["milliseconds"] > 0).all()
+    assert len(written) == len(table) == 6 * 8 and (written["milliseconds"] > 0).all()
     assert not written.duplicated(["what", "batch", "algorithm"]).any()
     samples = written[written["what"] == "sample"].set_index("algorithm")
-    assert (samples["passes"] == samples["chain"]).all() and samples.loc["DACER", "chain"].tolist() == [20, 20]
+    assert samples.loc["DACER", ["passes", "chain"]].eq(20).all(axis=None)
+    # The network of the noise is asked once, beside the first step
+    flow = samples.loc["SAC-Flow (Flow-G)"]
+    assert flow["passes"].eq(5).all() and flow["chain"].eq(4).all()
+    assert samples.drop(index="SAC-Flow (Flow-G)").eval("passes == chain").all()
     choices = written[written["what"] == "chosen action"]
     assert choices[["ratio to MFPO: sample", "ratio to MFPO: chosen action"]].notna().all(axis=None)
     assert (written[written["what"] == "learn"]["ratio to MFPO"] > 0).all()
@@ -524,11 +667,12 @@ def test_the_cost_is_told_in_mfpos(capsys: pytest.CaptureFixture[str]) -> None:
     assert "`--algorithms` must have MFPO" in capsys.readouterr().err
 
 
-def test_the_zoos_command_trains_and_resumes_a_peer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("algo", ["dime", "sacflow"])
+def test_the_zoos_command_trains_and_resumes_a_peer(algo: str, tmp_path: Path) -> None:
     """As a suite calls it: half of a run first, of which the checkpoint stays, then the whole."""
     policy_kwargs = dict(net_arch=[8], sampling_steps=2)
     params = dict(learning_starts=50, batch_size=16, buffer_size=1000, policy_kwargs=policy_kwargs)
-    half = suites.Run("DIME", "Pendulum-v1", seed=0, algo="dime", steps=100, every=100, episodes=1, params=params)
+    half = suites.Run("a peer", "Pendulum-v1", seed=0, algo=algo, steps=100, every=100, episodes=1, params=params)
     folder = suites.folder_of(half, tmp_path)
     environment = {**os.environ, "PYTHONPATH": f"{BENCHMARKS}{os.pathsep}{BENCHMARKS.parent}"}
     subprocess.run(suites.command_of(half, folder, "cpu"), env=environment, check=True, capture_output=True)
@@ -536,7 +680,7 @@ def test_the_zoos_command_trains_and_resumes_a_peer(tmp_path: Path) -> None:
     rows = suites.train(replace(half, steps=200), tmp_path)
     assert list(rows["step"]) == [100, 100, 200, 200] and np.isfinite(rows["return"]).all()
     assert "Going on with the run in" in (folder / "log.txt").read_text()
-    assert DIME.load(folder / "dime" / "Pendulum-v1_2" / "Pendulum-v1.zip").num_timesteps == 200
+    assert PEERS[algo].load(folder / algo / "Pendulum-v1_2" / "Pendulum-v1.zip").num_timesteps == 200
 
 
 def test_arguments_out_of_range_are_named() -> None:
@@ -548,6 +692,7 @@ def test_arguments_out_of_range_are_named() -> None:
         ("maxentdp", dict(target_entropy=math.nan), "target_entropy"),
         ("dacer", dict(entropy_interval=0), "entropy_interval"),
         ("dacer", dict(policy_kwargs=dict(noise_scale=0.0)), "noise_scale"),
+        ("sacflow", dict(target_entropy=math.inf), "target_entropy"),
     ]
     for name, kwargs, message in mistakes:
         with pytest.raises(ValueError, match=f"`{message}`"):

@@ -1,7 +1,7 @@
 """
-Multi-step diffusion policies to compare MFPO and SOM with: DIME, MaxEntDP and DACER. Benchmarks, not products: written from
-the papers' methods onto this package's actor-critic, with what is held equal named in docs/peers.md and every departure from
-the official settings in the docstring of its class.
+Multi-step diffusion and flow policies to compare MFPO and SOM with: DIME, MaxEntDP, DACER and SAC-Flow. Benchmarks, not
+products: written from the papers' methods onto this package's actor-critic, with what is held equal named in docs/peers.md and
+every departure from the official settings in the docstring of its class.
 """
 
 from .common import Peer
@@ -9,8 +9,9 @@ from .dacer import DACER
 from .dime import DIME
 from .maxentdp import MaxEntDP
 from .resumable import RESUMABLE
+from .sacflow import SACFlow
 
 # By their names in suites and on the zoo's command line
-PEERS: dict[str, type[Peer]] = {"dime": DIME, "maxentdp": MaxEntDP, "dacer": DACER}
+PEERS: dict[str, type[Peer]] = {"dime": DIME, "maxentdp": MaxEntDP, "dacer": DACER, "sacflow": SACFlow}
 
-__all__ = ["DACER", "DIME", "PEERS", "RESUMABLE", "MaxEntDP"]
+__all__ = ["DACER", "DIME", "PEERS", "RESUMABLE", "MaxEntDP", "SACFlow"]

@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch as th
 from gymnasium import spaces
@@ -32,16 +32,19 @@ class ChainActor(GenerativeActor):
     :param network_arguments: Of the network, which is that of MFPO's and SOM's actors without the length of an interval
     :param times: What the network is told of the time at every step, from noise to action, shape (T,)
     :param n_draws: Number of standard-normal draws of d numbers that an action takes
+    :param n_outputs: Number of outputs of d numbers that the network has
     :param kwargs: Those of ``GenerativeActor``
     """
 
     times: th.Tensor
 
-    def __init__(self, *, network_arguments: dict[str, Any], times: th.Tensor, n_draws: int, **kwargs: Any):
+    def __init__(
+        self, *, network_arguments: dict[str, Any], times: th.Tensor, n_draws: int, n_outputs: int = 1, **kwargs: Any
+    ):
         super().__init__(**kwargs)
         d = get_action_dim(self.action_space)
         features_dim = self.features_extractor.features_dim
-        self.network = MeanFlowMLP(features_dim, d, d, **network_arguments, instantaneous=True)
+        self.network = MeanFlowMLP(features_dim, d, n_outputs * d, **network_arguments, instantaneous=True)
         self.register_buffer("times", times.float(), persistent=False)
         self.n_draws, self.noise_dim = n_draws, n_draws * d
 
@@ -253,6 +256,13 @@ class SoftPeer(Peer):
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, _ = super()._get_torch_save_params()
         return [*state_dicts, "temperature", "temperature.optimizer"], []
+
+
+class PathDraws(NamedTuple):
+    """Randomness of a gradient step: noise of the next actions and of the policy's, standard normal, shape (B, noise_dim)."""
+
+    next_noise: th.Tensor
+    policy_noise: th.Tensor
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch as th
 from gymnasium import spaces
@@ -19,7 +19,7 @@ from sb3_mfpo.maths.mean_flow import standard_normal_log_prob
 from sb3_mfpo.training.actor_critic import Metrics
 
 from . import maths
-from .common import ChainActor, PeerPolicy, SoftPeer
+from .common import ChainActor, PathDraws, PeerPolicy, SoftPeer
 
 
 class DIMEActor(ChainActor):
@@ -107,13 +107,6 @@ class DIMEPolicy(PeerPolicy):
         return super()._get_constructor_parameters() | dict(prior_std=self.prior_std)
 
 
-class DIMEDraws(NamedTuple):
-    """Randomness of a gradient step: noise of the next actions and of the policy's, standard normal, shape (B, noise_dim)."""
-
-    next_noise: th.Tensor
-    policy_noise: th.Tensor
-
-
 class DIME(SoftPeer):
     """
     Diffusion-Based Maximum Entropy Reinforcement Learning (DIME), https://arxiv.org/abs/2502.02316, after the authors' code,
@@ -185,12 +178,12 @@ class DIME(SoftPeer):
         if self.target_cost is not None:
             check_range("target_cost", self.target_cost)
 
-    def _draw(self, batch_size: int) -> DIMEDraws:
+    def _draw(self, batch_size: int) -> PathDraws:
         shape = batch_size, self.actor.noise_dim
-        return DIMEDraws(next_noise=self._normal(*shape), policy_noise=self._normal(*shape))
+        return PathDraws(next_noise=self._normal(*shape), policy_noise=self._normal(*shape))
 
     def _update(
-        self, batch: ReplayBufferSamples, draws: DIMEDraws, update_target: bool = True, improve_policy: bool = True
+        self, batch: ReplayBufferSamples, draws: PathDraws, update_target: bool = True, improve_policy: bool = True
     ) -> Metrics:
         ent_coef = self._temperature()
         metrics = {"ent_coef": ent_coef}

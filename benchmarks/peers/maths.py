@@ -3,7 +3,8 @@ The peers' equations, as pure functions: randomness is an argument.
 
 Time convention: t = 1 is noise, t = 0 is the action; level k of a chain of T steps is t = k / T. ``powers`` are the powers A_k
 of the signal at the levels 0 ... T of a variance-preserving path x_k = sqrt(A_k) a + sqrt(1 - A_k) e. Sources: DIME,
-https://arxiv.org/abs/2502.02316; MaxEntDP, https://arxiv.org/abs/2502.11612; DACER, https://arxiv.org/abs/2405.15177.
+https://arxiv.org/abs/2502.02316; MaxEntDP, https://arxiv.org/abs/2502.11612; DACER, https://arxiv.org/abs/2405.15177;
+SAC-Flow, https://arxiv.org/abs/2509.25756.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from collections.abc import Callable, Sequence
 
 import torch as th
 from torch.nn import functional as F
+
+from sb3_mfpo.maths.mean_flow import standard_normal_log_prob
 
 # A network on a chain, as a function of the point there and of the index of the step, counted from the noise
 OnChain = Callable[[th.Tensor, int], th.Tensor]
@@ -76,6 +79,59 @@ def log_tanh_derivative(x: th.Tensor) -> th.Tensor:
     :return: At most 0, of the same shape
     """
     return 2 * (math.log(2) - x - F.softplus(-2 * x))
+
+
+# SAC-Flow: a flow with noise in its steps
+
+
+def gated_velocity(x: th.Tensor, gate: th.Tensor, candidate: th.Tensor) -> th.Tensor:
+    """
+    Velocity of SAC-Flow's Flow-G, sigmoid(g) (h - x).
+
+    :param x: shape (..., d)
+    :param gate: g, before the sigmoid, shape (..., d)
+    :param candidate: h, shape (..., d)
+    :return: shape (..., d)
+    """
+    return gate.sigmoid() * (candidate - x)
+
+
+def bounded_log_std(x: th.Tensor) -> th.Tensor:
+    """
+    ln sigma of SAC-Flow's noise, -5 + 3.5 (1 + tanh(x)).
+
+    :param x: Any shape
+    :return: In [-5, 2], of the same shape
+    """
+    return -5 + 3.5 * (1 + x.tanh())
+
+
+def noisy_flow(velocity: OnChain, noise: Sequence[th.Tensor], std: th.Tensor) -> th.Tensor:
+    """
+    End of SAC-Flow's path, from x_0 = z by T Euler steps x_{k+1} = x_k + u(x_k, k) / T + sigma e_k.
+
+    :param velocity: u, output shape (..., d)
+    :param noise: Standard-normal z, e_0 ... e_{T-1}, each of shape (..., d)
+    :param std: sigma > 0, shape (..., d), broadcast against ``noise``
+    :return: x_T, unbounded, shape (..., d)
+    """
+    x, n_steps = noise[0], len(noise) - 1
+    for k, draw in enumerate(noise[1:]):
+        x = th.addcmul(th.add(x, velocity(x, k), alpha=1 / n_steps), std, draw)
+    return x
+
+
+def noisy_flow_log_prob(noise: Sequence[th.Tensor], log_std: th.Tensor) -> th.Tensor:
+    """
+    Log-density of a whole path of ``noisy_flow``, over all of its points,
+    ln N(z; 0, I) + sum_k ln N(x_{k+1}; x_k + u(x_k, k) / T, sigma^2 I). The velocity cancels: what a point deviates from its
+    mean by is sigma e_k.
+
+    :param noise: The standard-normal draws that led there, z and e_0 to e_{T-1}, each of shape (..., d)
+    :param log_std: ln sigma, shape (..., d), broadcast against ``noise``
+    :return: In nats, shape (...)
+    """
+    return standard_normal_log_prob(th.cat(list(noise), dim=-1)) - (len(noise) - 1) * log_std.sum(dim=-1)
 
 
 # MaxEntDP and DACER: denoising diffusion
