@@ -154,7 +154,7 @@ def test_its_unit_follows_in_steps() -> None:
 
 @pytest.mark.parametrize("critic_type", ["categorical", "scalar"])
 def test_values_stay_when_the_scale_changes(algorithm: Algorithm, critic_type: str) -> None:
-    """In units of return; by a large factor in small steps. Otherwise they change in proportion."""
+    """In units of return; by a large factor in small steps."""
     kwargs = dict(critic_type=critic_type, value_init="uniform", n_atoms=101, value_range=20.0)
     critic = make_model(algorithm, policy_kwargs=kwargs).critic
     for layer in critic._output_layers():
@@ -167,26 +167,22 @@ def test_values_stay_when_the_scale_changes(algorithm: Algorithm, critic_type: s
         for k in range(1, 11):
             critic.rescale(1.15**k, 1.15)
         after = th.cat(critic(observations, actions))
-        critic.rescale(8 * 1.15**10, 1.0)
-        assert th.allclose(th.cat(critic(observations, actions)), 8 * after)
     # Distributions that become as narrow as the distance of two atoms are rounded
     rounding = 0.2 * (0.4 * 1.15**10) if critic_type == "categorical" else 1e-5
     assert (after - before).abs().max() < rounding < 0.2 * before.abs().max()
 
 
 @pytest.mark.parametrize("terminates", [True, False])
-def test_a_scale_that_rises_raises_no_value_where_episodes_terminate(algorithm: Algorithm, terminates: bool) -> None:
+def test_a_scale_that_rises_raises_no_value(algorithm: Algorithm, terminates: bool) -> None:
     env = RandomEnv(terminates=terminates)
     model = make_model(algorithm, env, seed=0, learning_rate=0.0, policy_kwargs=dict(critic_type="scalar")).learn(30)
     batch = model.replay_buffer.sample(20)
-    unit = model.return_scale.unit
     before = [th.cat(critic(batch.observations, batch.actions)) for critic in (model.critic, model.critic_target)]
     model.return_scale.largest = 1e3 * model.return_scale.value_range
     model.train(1, batch_size=8)
     assert model.critic.scale == model.critic_target.scale == 1e3
     for critic, values in zip((model.critic, model.critic_target), before, strict=True):
-        expected = values if terminates else values * 1e3 / unit
-        assert th.allclose(th.cat(critic(batch.observations, batch.actions)), expected, rtol=1e-4)
+        assert th.allclose(th.cat(critic(batch.observations, batch.actions)), values, rtol=1e-4)
 
 
 def test_it_is_saved_and_logged(algorithm: Algorithm, tmp_path: Path) -> None:

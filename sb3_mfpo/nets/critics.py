@@ -68,11 +68,11 @@ class Critic(BaseModel):
     @th.no_grad()
     def rescale(self, scale: float, factor: float) -> None:
         """
-        Change the unit of what the networks learn.
+        Change the unit of what the networks learn. In units of return values stay what they are: that some returns rise is no
+        reason for all of them to.
 
-        :param scale: In units of return, above 0
-        :param factor: By which the unit has changed, for values that stay what they are in units of return; 1 for values that
-            change in proportion
+        :param scale: The unit, in units of return, above 0
+        :param factor: By which it has changed; 1 for the first unit, as nothing is learned yet
         """
         self.scale.fill_(scale)
         if factor != 1:

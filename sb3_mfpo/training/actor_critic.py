@@ -308,8 +308,7 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
                 self._follow_buffer()
             factor = self.return_scale.follow()
             for critic in (self.critic, self.critic_target):
-                # Some returns rise. That all values do is a good guess only where episodes do not terminate.
-                critic.rescale(self.return_scale.unit or 1.0, factor if self.policy.found_termination else 1.0)
+                critic.rescale(self.return_scale.unit or 1.0, factor)
             self.logger.record("train/return_scale", self.return_scale.value)
 
         totals: defaultdict[str, float] = defaultdict(float)
