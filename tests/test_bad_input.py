@@ -63,7 +63,7 @@ ARGUMENTS_OF_ALL: list[tuple[dict[str, Any], str]] = [
     (dict(gamma=-0.5), "`gamma`"),
     (dict(time_std=-1.0), "`time_std`"),
     (dict(time_mean=float("inf")), "`time_mean` must be finite"),
-    (dict(critic_reduction="max"), "`critic_reduction` must be one of 'auto', 'min', 'mean', not 'max'"),
+    (dict(critic_reduction="max"), "`critic_reduction` must be one of 'min', 'mean', not 'max'"),
 ]
 ARGUMENTS: dict[Algorithm, list[tuple[dict[str, Any], str]]] = {
     MFPO: [

@@ -29,7 +29,7 @@ def test_defaults() -> None:
     assert (model.n_probes, model.ent_coef_rate, model.actor_rate, model.actor_tau) == (2, 12.0, 3.0, 0.04)
     assert (model.intervals, model.equal_time_share, model.uniform_time_share) == ("grid", 0.5, 0.5)
     assert (model.time_mean, model.time_std) == (-0.4, 1.0)
-    assert (model.critic_reduction, model.policy_delay, model.target_update_interval) == ("auto", 8, 1)
+    assert (model.critic_reduction, model.policy_delay, model.target_update_interval) == ("min", 8, 1)
     policy = model.policy
     assert (policy.sampling_steps, policy.n_action_candidates, len(policy.critic.q_networks)) == (2, 10, 2)
     # Values start around 0, in a range that follows the returns

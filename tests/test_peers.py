@@ -68,16 +68,6 @@ def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def test_an_automatic_reduction_is_that_of_all_of_a_step(name: str) -> None:
-    """Once an episode has terminated, a run is that with the minimum."""
-    runs = []
-    for reduction in ("auto", "min"):
-        runs.append(make(name, critic_reduction=reduction))
-        runs[-1].policy.found_termination = True
-        runs[-1].learn(20)
-    assert_equal(runs[0].policy.state_dict(), runs[1].policy.state_dict())
-
-
 # DIME
 
 

@@ -128,9 +128,8 @@ class MFPO(MeanFlowAlgorithm):
     :param uniform_time_share: Share in [0, 1] of times that are uniform; the others are logit-normal
     :param time_mean: Mean of the normal distribution inside the logit-normal distribution of times
     :param time_std: Its standard deviation
-    :param critic_reduction: "min" or "mean" over the critics, in targets, velocity estimate and choice of action, or "auto":
-        the mean until a transition is learned from that terminates an episode, the minimum from then on. (The paper takes
-        "min" except for HalfCheetah, the only one of its tasks on Gymnasium's robots that cannot terminate.)
+    :param critic_reduction: "min" or "mean" over the critics, in targets, velocity estimate and choice of action. (The paper
+        takes "min" except for HalfCheetah.)
     :param policy_delay: Update actor, divergence network and temperature every so many gradient steps
     :param compile_step: Whether to compile the gradient step with ``torch.compile``, which on a CUDA device also captures its
         parts into CUDA graphs. The first steps then take a minute; the results are the same up to rounding.
@@ -160,7 +159,6 @@ class MFPO(MeanFlowAlgorithm):
         intervals="any",
         equal_time_share=0.75,
         uniform_time_share=0.0,
-        critic_reduction="min",
         policy_kwargs=dict(
             net_arch=[256, 256, 256],
             action_fourier_dim=0,
@@ -214,7 +212,7 @@ class MFPO(MeanFlowAlgorithm):
         uniform_time_share: float = 0.5,
         time_mean: float = -0.4,
         time_std: float = 1.0,
-        critic_reduction: str = "auto",
+        critic_reduction: str = "min",
         policy_delay: int = 8,
         compile_step: bool = False,
         allow_non_finite_observations: bool = False,

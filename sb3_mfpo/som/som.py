@@ -107,8 +107,7 @@ class SOM(MeanFlowAlgorithm):
     :param uniform_time_share: Share in [0, 1] of times that are uniform; the others are logit-normal
     :param time_mean: Mean of the normal distribution inside the logit-normal distribution of times
     :param time_std: Its standard deviation
-    :param critic_reduction: "min" or "mean" over the critics, in targets, score estimates and choice of action; "auto" takes
-        the mean until an episode has terminated
+    :param critic_reduction: "min" or "mean" over the critics, in targets, score estimates and choice of action
     :param compile_step: Whether to compile the gradient step with ``torch.compile``, which on a CUDA device also captures its
         parts into CUDA graphs. The first steps then take a minute; the results are the same up to rounding.
     :param allow_non_finite_observations: Whether observations may hold NaN or infinite numbers, which the features extractor

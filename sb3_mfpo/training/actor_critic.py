@@ -45,8 +45,7 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
     :param args: Further arguments of SB3's ``OffPolicyAlgorithm``
     :param actor_tau: Soft update coefficient of the target actor, in (0, 1]
     :param target_update_interval: Update the target critics every so many gradient steps
-    :param critic_reduction: "min" or "mean" over the critics, or "auto": the mean until a transition is learned from that
-        terminates an episode, the minimum from then on
+    :param critic_reduction: "min" or "mean" over the critics
     :param policy_delay: Update the policy every so many gradient steps
     :param compile_step: Whether to compile the gradient step with ``torch.compile``; on a CUDA device its parts are captured
         into CUDA graphs
@@ -119,7 +118,7 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
         for name in ("tau", "gamma"):
             check_range(name, getattr(self, name), 0, 1)
         check_range("actor_tau", self.actor_tau, 0, 1, above=0)
-        check_choice("critic_reduction", self.critic_reduction, ("auto", *CRITIC_REDUCTIONS))
+        check_choice("critic_reduction", self.critic_reduction, CRITIC_REDUCTIONS)
         for name in ("compile_step", "allow_non_finite_observations"):
             check_choice(name, getattr(self, name), (True, False))
         # Anything else that makes a policy is asked for it first
@@ -165,7 +164,7 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
         super()._setup_model()
         if not isinstance(self.policy, self.policy_base):
             raise self._wrong_policy()
-        self._set_critic_reduction()
+        self.policy.critic_reduction = self.critic_reduction
         normalizer = self._vec_normalize_env
         # Not again when a model is loaded
         if self.return_scale is not None and self.num_timesteps == 0 and normalizer is not None and normalizer.norm_reward:
@@ -302,7 +301,6 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
         self.policy.set_training_mode(True)
         self._update_learning_rate(self._optimizers())
         self._found_inf.zero_()
-        self._set_critic_reduction()
         if self.return_scale is not None:
             if self.return_scale.moments.count == 0:
                 self._follow_buffer()
@@ -316,20 +314,13 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
         history: list[Metrics] = []
         for step in range(1, gradient_steps + 1):
             batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
-            history.append(self._gradient_step(batch) | {"terminated": batch.dones.mean()})
+            history.append(self._gradient_step(batch))
             if step % self.READ_EVERY == 0 or step == gradient_steps:
                 for name, value in self._read(history):
                     totals[name] += value
                     counts[name] += 1
                 history = []
-                self.policy.found_termination |= totals["terminated"] > 0
-                self._set_critic_reduction()
         self._log({name: total / counts[name] for name, total in totals.items()}, gradient_steps)
-
-    def _set_critic_reduction(self) -> None:
-        # Values run away where episodes can terminate; where they cannot, the minimum only slows learning
-        auto = "min" if self.policy.found_termination else "mean"
-        self.policy.critic_reduction = auto if self.critic_reduction == "auto" else self.critic_reduction
 
     def _gradient_step(self, batch: ReplayBufferSamples) -> Metrics:
         """
@@ -485,11 +476,6 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
                 '`policy_kwargs`, or use `policy_kwargs=dict(critic_type="scalar")`.',
                 stacklevel=2,
             )
-
-    def set_parameters(self, *args: Any, **kwargs: Any) -> None:
-        super().set_parameters(*args, **kwargs)
-        # The parameters may be those of a run that has found a termination, or has another setting
-        self._set_critic_reduction()
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_compiled", "_found_inf"]

@@ -209,27 +209,22 @@ class GenerativePolicy(BasePolicy):
         # A buffer, so that a checkpoint restores how the policy acts whatever it was constructed with; the actor, which comes
         # later, says how many coordinates the noise has
         self.register_buffer("candidate_noise", th.empty(n_action_candidates, 0))
-        # What was seen of the task, without which the critics' weights mean something else
+        # Without it the critics' weights mean something else
         self.return_scale = ReturnScale(value_range) if v_min is None else None
-        self.found_termination = False
 
     def get_extra_state(self) -> th.Tensor:
         """
-        :return: What goes with the weights wherever they go, float64, shape (2,), or (7,) without a fixed range of the values:
-            whether a termination was found, whether the minimum of the critics is taken, and the state of the scale of the
-            returns
+        :return: What goes with the weights wherever they go: the state of the scale of the returns, float64, shape (5,), or
+            (0,) with a fixed range of the values
         """
-        scale = [] if self.return_scale is None else self.return_scale.state()
-        return th.tensor([self.found_termination, self.critic_reduction == "min", *scale], dtype=th.float64)
+        return th.tensor([] if self.return_scale is None else self.return_scale.state(), dtype=th.float64)
 
     def set_extra_state(self, state: th.Tensor) -> None:
         """
         :param state: From ``get_extra_state``
         """
-        found_termination, minimum, *scale = state.tolist()
-        self.found_termination, self.critic_reduction = bool(found_termination), "min" if minimum else "mean"
-        if self.return_scale is not None and scale:
-            self.return_scale.restore(scale)
+        if self.return_scale is not None and len(state):
+            self.return_scale.restore(state.tolist())
 
     @classmethod
     def check_arguments(cls, **kwargs: Any) -> None:
