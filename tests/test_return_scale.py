@@ -231,6 +231,10 @@ def test_weights_of_before_it_went_with_them_load(algorithm: Algorithm) -> None:
     weights = {name: value for name, value in model.policy.state_dict().items() if name != "_extra_state"}
     other.policy.load_state_dict(weights)
     assert_equal(other.policy.actor.state_dict(), model.policy.actor.state_dict())
+    # Then two more numbers came first
+    state = model.policy.get_extra_state()
+    other.policy.load_state_dict(weights | {"_extra_state": th.cat([th.ones(2), state])})
+    assert other.return_scale.state() == state.tolist()
 
 
 @pytest.mark.parametrize("n_collected", [60, 130], ids=["half full", "full"])

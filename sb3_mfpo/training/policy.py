@@ -224,7 +224,8 @@ class GenerativePolicy(BasePolicy):
         :param state: From ``get_extra_state``
         """
         if self.return_scale is not None and len(state):
-            self.return_scale.restore(state.tolist())
+            # Older ones begin with two more numbers
+            self.return_scale.restore(state.tolist()[-5:])
 
     @classmethod
     def check_arguments(cls, **kwargs: Any) -> None:
