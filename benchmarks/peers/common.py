@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import get_action_dim
-from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from stable_baselines3.common.type_aliases import PyTorchObs, ReplayBufferSamples, Schedule
 from torch import nn
 
 from sb3_mfpo.checks import check_integer, check_range
@@ -19,7 +19,7 @@ from sb3_mfpo.maths.categorical import reduce_values
 from sb3_mfpo.nets.actor import GenerativeActor
 from sb3_mfpo.nets.flow import MeanFlowMLP
 from sb3_mfpo.nets.layers import TanhGELU, in_chunks
-from sb3_mfpo.training.actor_critic import ActorCriticAlgorithm
+from sb3_mfpo.training.actor_critic import ActorCriticAlgorithm, Metrics
 from sb3_mfpo.training.policy import GenerativePolicy
 
 from . import maths
@@ -263,6 +263,55 @@ class PathDraws(NamedTuple):
 
     next_noise: th.Tensor
     policy_noise: th.Tensor
+
+
+class PathPeer(SoftPeer):
+    """
+    Soft actor-critic by gradients through the whole path of a chain, with a bound on the log-probability, or the path's own
+    log-density, in its place. The actor's ``sample`` gives actions, that, and the cost of the path.
+
+    :param args: Those of ``SoftPeer``
+    :param kwargs: Those of ``SoftPeer``
+    """
+
+    # What the temperature brings the mean of a path's cost to, in nats per action coordinate; None fixes the temperature
+    target_cost: float | None
+
+    def _draw(self, batch_size: int) -> PathDraws:
+        shape = batch_size, self.actor.noise_dim
+        return PathDraws(next_noise=self._normal(*shape), policy_noise=self._normal(*shape))
+
+    def _update(
+        self, batch: ReplayBufferSamples, draws: PathDraws, update_target: bool = True, improve_policy: bool = True
+    ) -> Metrics:
+        ent_coef = self._temperature()
+        metrics = {"ent_coef": ent_coef}
+
+        # Critics: the path's log-density in place of the action's
+        with th.no_grad():
+            next_features = self.actor_target.encode(batch.next_observations)
+            next_actions, next_log_prob, _ = self.actor_target.sample(next_features, draws.next_noise)
+        loss, critic_metrics = self._td_loss(batch, next_actions, -ent_coef * next_log_prob.unsqueeze(1))
+        metrics["critic_loss"] = self._descend("critic_loss", loss, self.critic.optimizer)
+        metrics |= critic_metrics
+        if update_target:
+            self._update_target(self.critic_target, self.critic, self.tau)
+        if not improve_policy:
+            return metrics
+
+        # Actor: values and entropy, by gradients through the whole path
+        features = self.actor.encode(batch.observations)
+        actions, log_prob, cost = self.actor.sample(features, draws.policy_noise)
+        loss = (ent_coef * log_prob - self._value(batch.observations, actions)).mean() / self.critic.scale
+        metrics["actor_loss"] = self._descend("actor_loss", loss, self.actor.optimizer)
+        self._update_target(self.actor_target, self.actor, self.actor_tau)
+        metrics["entropy"] = -log_prob.detach().mean()
+
+        # Temperature: it rises when the cost of a path is above its target
+        if self.target_cost is not None:
+            loss = self._temperature_loss(self.target_cost * actions.shape[-1] - cost.detach().mean())
+            metrics["ent_coef_loss"] = self._descend("ent_coef_loss", loss, self.temperature.optimizer)
+        return metrics
 
 
 @contextmanager

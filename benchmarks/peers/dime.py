@@ -10,16 +10,15 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import get_action_dim
-from stable_baselines3.common.type_aliases import GymEnv, ReplayBufferSamples, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from torch import nn
 from torch.nn import functional as F
 
 from sb3_mfpo.checks import check_range
 from sb3_mfpo.maths.mean_flow import standard_normal_log_prob
-from sb3_mfpo.training.actor_critic import Metrics
 
 from . import maths
-from .common import ChainActor, PathDraws, PeerPolicy, SoftPeer
+from .common import ChainActor, PathPeer, PeerPolicy
 
 
 class DIMEActor(ChainActor):
@@ -59,14 +58,14 @@ class DIMEActor(ChainActor):
         """
         :param features: State features, shape (B, features_dim)
         :param noise: Standard-normal noise, shape (B, noise_dim)
-        :return: Actions in [-1, 1], shape (B, d); the path's cost C in nats, shape (B,); C and the log-density of the path's
-            start, whose mean bounds that of log pi from above, shape (B,)
+        :return: Actions in [-1, 1], shape (B, d); the path's cost C and the log-density of its start in nats, whose mean
+            bounds that of log pi from above, shape (B,); C alone, shape (B,)
         """
         draws, steps = self.split(noise), self.steps()
         path = maths.langevin_path(self.on_chain(features), draws, steps, self.prior_std)
         cost = maths.langevin_cost(path, draws, steps, self.prior_std) - maths.log_tanh_derivative(path[-1]).sum(dim=-1)
         log_start = standard_normal_log_prob(draws[0]) - draws[0].shape[-1] * math.log(self.prior_std)
-        return path[-1].tanh(), cost, cost + log_start
+        return path[-1].tanh(), cost + log_start, cost
 
 
 class DIMEPolicy(PeerPolicy):
@@ -107,7 +106,7 @@ class DIMEPolicy(PeerPolicy):
         return super()._get_constructor_parameters() | dict(prior_std=self.prior_std)
 
 
-class DIME(SoftPeer):
+class DIME(PathPeer):
     """
     Diffusion-Based Maximum Entropy Reinforcement Learning (DIME), https://arxiv.org/abs/2502.02316, after the authors' code,
     https://github.com/ALRhub/DIME.
@@ -177,39 +176,3 @@ class DIME(SoftPeer):
         super()._check_arguments()
         if self.target_cost is not None:
             check_range("target_cost", self.target_cost)
-
-    def _draw(self, batch_size: int) -> PathDraws:
-        shape = batch_size, self.actor.noise_dim
-        return PathDraws(next_noise=self._normal(*shape), policy_noise=self._normal(*shape))
-
-    def _update(
-        self, batch: ReplayBufferSamples, draws: PathDraws, update_target: bool = True, improve_policy: bool = True
-    ) -> Metrics:
-        ent_coef = self._temperature()
-        metrics = {"ent_coef": ent_coef}
-
-        # Critics: the bound in place of the log-probability
-        with th.no_grad():
-            next_features = self.actor_target.encode(batch.next_observations)
-            next_actions, _, next_bound = self.actor_target.sample(next_features, draws.next_noise)
-        loss, critic_metrics = self._td_loss(batch, next_actions, -ent_coef * next_bound.unsqueeze(1))
-        metrics["critic_loss"] = self._descend("critic_loss", loss, self.critic.optimizer)
-        metrics |= critic_metrics
-        if update_target:
-            self._update_target(self.critic_target, self.critic, self.tau)
-        if not improve_policy:
-            return metrics
-
-        # Actor: values and entropy, by gradients through the whole path
-        features = self.actor.encode(batch.observations)
-        actions, cost, bound = self.actor.sample(features, draws.policy_noise)
-        loss = (ent_coef * bound - self._value(batch.observations, actions)).mean() / self.critic.scale
-        metrics["actor_loss"] = self._descend("actor_loss", loss, self.actor.optimizer)
-        self._update_target(self.actor_target, self.actor, self.actor_tau)
-        metrics["entropy"] = -bound.detach().mean()
-
-        # Temperature: it rises when the cost of a path is above its target
-        if self.target_cost is not None:
-            loss = self._temperature_loss(self.target_cost * actions.shape[-1] - cost.detach().mean())
-            metrics["ent_coef_loss"] = self._descend("ent_coef_loss", loss, self.temperature.optimizer)
-        return metrics

@@ -9,14 +9,13 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import get_action_dim
-from stable_baselines3.common.type_aliases import GymEnv, ReplayBufferSamples, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
 from sb3_mfpo.checks import check_range
 from sb3_mfpo.nets.layers import MultiInputMLP
-from sb3_mfpo.training.actor_critic import Metrics
 
 from . import maths
-from .common import ChainActor, PathDraws, PeerPolicy, SoftPeer
+from .common import ChainActor, PathPeer, PeerPolicy
 
 
 class SACFlowActor(ChainActor):
@@ -57,16 +56,17 @@ class SACFlowActor(ChainActor):
     def chain(self, features: th.Tensor, noise: th.Tensor) -> th.Tensor:
         return maths.noisy_flow(self.on_chain(features), self.split(noise), self.log_std(features).exp()).tanh()
 
-    def sample(self, features: th.Tensor, noise: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    def sample(self, features: th.Tensor, noise: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """
         :param features: State features, shape (B, features_dim)
         :param noise: Standard-normal noise, shape (B, noise_dim)
         :return: Actions in [-1, 1], shape (B, d); log-density of their whole paths, of which tanh maps the end, in nats,
-            shape (B,)
+            shape (B,); once more, as what the temperature brings to a target
         """
         draws, log_std = self.split(noise), self.log_std(features)
         end = maths.noisy_flow(self.on_chain(features), draws, log_std.exp())
-        return end.tanh(), maths.noisy_flow_log_prob(draws, log_std) - maths.log_tanh_derivative(end).sum(dim=-1)
+        log_prob = maths.noisy_flow_log_prob(draws, log_std) - maths.log_tanh_derivative(end).sum(dim=-1)
+        return end.tanh(), log_prob, log_prob
 
 
 class SACFlowPolicy(PeerPolicy):
@@ -95,7 +95,7 @@ class SACFlowPolicy(PeerPolicy):
         return SACFlowActor(sampling_steps=self.sampling_steps, **self.actor_arguments(net_arch))
 
 
-class SACFlow(SoftPeer):
+class SACFlow(PathPeer):
     """
     SAC Flow with Flow-G, its gated velocity, https://arxiv.org/abs/2509.25756, after the authors' code that learns from
     scratch, https://github.com/Elessar123/SAC-FLOW.
@@ -163,42 +163,12 @@ class SACFlow(SoftPeer):
         if _init_setup_model:
             self._setup_model()
 
+    @property
+    def target_cost(self) -> float | None:  # type: ignore[override]
+        """That of a path's cost, which is its log-density, in nats per action coordinate."""
+        return None if self.target_entropy is None else -self.target_entropy
+
     def _check_arguments(self) -> None:
         super()._check_arguments()
         if self.target_entropy is not None:
             check_range("target_entropy", self.target_entropy)
-
-    def _draw(self, batch_size: int) -> PathDraws:
-        shape = batch_size, self.actor.noise_dim
-        return PathDraws(next_noise=self._normal(*shape), policy_noise=self._normal(*shape))
-
-    def _update(
-        self, batch: ReplayBufferSamples, draws: PathDraws, update_target: bool = True, improve_policy: bool = True
-    ) -> Metrics:
-        ent_coef = self._temperature()
-        metrics = {"ent_coef": ent_coef}
-
-        # Critics: the path's log-density in place of the action's
-        with th.no_grad():
-            next_features = self.actor_target.encode(batch.next_observations)
-            next_actions, next_log_prob = self.actor_target.sample(next_features, draws.next_noise)
-        loss, critic_metrics = self._td_loss(batch, next_actions, -ent_coef * next_log_prob.unsqueeze(1))
-        metrics["critic_loss"] = self._descend("critic_loss", loss, self.critic.optimizer)
-        metrics |= critic_metrics
-        if update_target:
-            self._update_target(self.critic_target, self.critic, self.tau)
-        if not improve_policy:
-            return metrics
-
-        # Actor: values and entropy, by gradients through all steps
-        actions, log_prob = self.actor.sample(self.actor.encode(batch.observations), draws.policy_noise)
-        loss = (ent_coef * log_prob - self._value(batch.observations, actions)).mean() / self.critic.scale
-        metrics["actor_loss"] = self._descend("actor_loss", loss, self.actor.optimizer)
-        self._update_target(self.actor_target, self.actor, self.actor_tau)
-        metrics["entropy"] = -log_prob.detach().mean()
-
-        # Temperature: it rises when the entropy of a path is below its target
-        if self.target_entropy is not None:
-            loss = self._temperature_loss(metrics["entropy"] - self.target_entropy * actions.shape[-1])
-            metrics["ent_coef_loss"] = self._descend("ent_coef_loss", loss, self.temperature.optimizer)
-        return metrics
