@@ -1084,7 +1084,7 @@ class ReplaceWeights(BaseCallback):
 
 def test_weights_that_a_callback_puts_in_place_are_trained_on(algorithm: Algorithm) -> None:
     """With a learning rate of nothing they stay, but for the targets, which follow. A fixed range has no scale to follow."""
-    settings: dict[str, Any] = dict(learning_rate=0.0, policy_kwargs=dict(v_min=-5.0, v_max=5.0))
+    settings: dict[str, Any] = dict(learning_rate=0.0, policy_kwargs=dict(value_init="narrow", v_min=-100, v_max=100))
     weights = copy.deepcopy(make_model(algorithm, seed=1, **settings).policy.state_dict())
     model = make_model(algorithm, seed=0, **settings).learn(20, callback=ReplaceWeights(weights))
     for name, value in model.policy.state_dict().items():
