@@ -449,22 +449,6 @@ def test_published_tables_by_task_match_the_result_files(name: str, page: str) -
     assert report.table_by_task(report.read_results(report.RESULTS / f"{name}.csv", suite), suite) + "\n" == published
 
 
-def test_leave_itself_out_removes_the_first_proposal(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[th.Tensor, th.Tensor]] = []
-    estimate = MFPO._boltzmann_velocity
-
-    def record(self: MFPO, observations: Any, actions: th.Tensor, *rest: Any) -> Any:
-        seen.append(actions)
-        return estimate(self, observations, actions, *rest)
-
-    monkeypatch.setattr(MFPO, "_boltzmann_velocity", record)
-    plain = make_model(MFPO, seed=0, n_local_samples=0).learn(11)
-    make_model(MFPO, seed=0, n_local_samples=0).learn(11, callback=variants.LeaveItselfOut())
-    whole, rest = seen
-    assert whole.shape[1] == plain.n_policy_samples
-    assert th.equal(whole[:, 1:], rest)
-
-
 def test_refresh_rarely_holds_the_scale_for_250_steps() -> None:
     model = make_model(MFPO, seed=0, learning_starts=10_000)
     model.learn(250, callback=variants.RefreshRarely())
