@@ -26,7 +26,7 @@ import pandas as pd
 import torch as th
 from captured_sac import CapturedSAC
 from machine import processor, versions
-from peers import DACER, DIME, MaxEntDP, SACFlow
+from peers import DACER, DIME, FlowRL, MaxEntDP, SACFlow
 from run import RESULTS, commit
 from speed import BATCH_SIZE, STEPS, Rows, compare
 from stable_baselines3 import SAC
@@ -59,6 +59,8 @@ KINDS = {
     "DACER": Kind(DACER, {}, 92, 65, 20),
     # The noise of all steps is that of a network of the state
     "SAC-Flow (Flow-G)": Kind(SACFlow, {}, 32, 17, 4, state_passes=1),
+    # One midpoint step of two evaluations
+    "FlowRL": Kind(FlowRL, {}, 37, 17, 2),
 }
 
 

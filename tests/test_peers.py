@@ -19,7 +19,7 @@ import peers_cost
 import pytest
 import suite as suites
 import torch as th
-from peers import DACER, DIME, PEERS, MaxEntDP, SACFlow, maths
+from peers import DACER, DIME, PEERS, FlowRL, MaxEntDP, SACFlow, maths
 from peers.common import frozen
 from stable_baselines3.common.envs import IdentityEnvBox
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -34,7 +34,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "maxentdp": dict(n_samples=16, n_entropy_draws=2, policy_kwargs=dict(sampling_steps=5)),
     "dacer": dict(entropy_interval=7, n_entropy_samples=20, policy_kwargs=dict(sampling_steps=5)),
     "sacflow": dict(policy_kwargs=dict(sampling_steps=3)),
+    "flowrl": dict(policy_kwargs=dict(sampling_steps=2)),
 }
+WITHOUT_TEMPERATURE = ("dacer", "flowrl")
 
 
 def make(name: str, env: Any = None, **kwargs: Any) -> Any:
@@ -429,6 +431,111 @@ def test_the_temperature_of_sacflow_rises_when_the_entropy_is_below_its_target()
         assert (entropy < 2 * target) == (model.temperature().item() > 0.2) == rises
 
 
+# FlowRL
+
+
+@pytest.mark.parametrize("n_steps", [1, 3])
+def test_midpoint_steps(n_steps: int) -> None:
+    """Exact where the velocity is linear in time; where it is c x a step multiplies by the second-order Taylor polynomial."""
+    noise, h = th.tensor([[0.5, -1.0]], dtype=th.float64), 1 / n_steps
+    times = [1 - step * h / 2 for step in range(2 * n_steps)]
+    end = maths.midpoint_flow(lambda x, step: th.full_like(x, 3 * times[step] - 0.7), noise, n_steps)
+    assert th.allclose(end, noise - (1.5 - 0.7), atol=1e-12)
+    end = maths.midpoint_flow(lambda x, step: 0.8 * x, noise, n_steps)
+    assert th.allclose(end, noise * (1 - 0.8 * h + (0.8 * h) ** 2 / 2) ** n_steps, atol=1e-12)
+
+
+def test_the_actor_of_flowrl_is_told_those_times_and_starts_within_the_bounds() -> None:
+    actor = make("flowrl", policy_kwargs=dict(sampling_steps=2)).actor
+    assert actor.times.tolist() == [1, 0.75, 0.5, 0.25]
+    features = th.randn(4, 3)
+    assert th.equal(actor.act(features, th.full((4, 2), 9.0)), actor.act(features, th.ones(4, 2)))
+    # By hand
+    x, y = th.rand(4, 2), th.ones(4, 1)
+    end = x
+    for t in (1.0, 0.5):
+        end = end - 0.5 * actor.velocity(features, end - 0.25 * actor.velocity(features, end, t * y), (t - 0.25) * y)
+    assert th.allclose(actor.act(features, x), end.tanh(), atol=1e-6)
+
+
+def test_the_least_expectile_loss_is_at_the_expectile() -> None:
+    """Of 0 and 1 in equal shares the expectile q is q itself: q (1 - m) = (1 - q) m."""
+    values = th.tensor([0.0, 1.0], dtype=th.float64)
+    for expectile in (0.9, 0.5, 0.2):
+        prediction = th.tensor(expectile, dtype=th.float64, requires_grad=True)
+        loss = maths.expectile_loss(values - prediction, expectile)
+        (slope,) = th.autograd.grad(loss, prediction)
+        assert slope.item() == pytest.approx(0, abs=1e-7)
+        assert loss.item() == pytest.approx(expectile * (1 - expectile) / 2, rel=1e-6)
+
+
+def test_weights_are_those_of_better_actions() -> None:
+    """Actions that are worse than the policy's count as much as equal ones; the weights lie between the ends."""
+    assert th.allclose(maths.constraint_weights(th.tensor([-5.0, 0.0, -1.0]), 0.1), th.tensor(0.1))
+    mean = math.log(3) / 2
+    expected = 0.1 * th.tensor([math.exp(-mean), 3 * math.exp(-mean)])
+    assert th.allclose(maths.constraint_weights(th.tensor([-1.0, math.log(3)]), 0.1), expected)
+    assert th.allclose(maths.constraint_weights(th.tensor([0.0, 80.0]), 0.1), th.tensor([0.001, 1.0]))
+
+
+def test_the_gradient_through_both_evaluations() -> None:
+    """Against finite differences in a direction of all weights."""
+    actor, generator = make("flowrl", policy_kwargs=dict(sampling_steps=1)).actor.double(), th.Generator().manual_seed(0)
+    features = th.randn(32, 3, generator=generator, dtype=th.float64)
+    noise = th.randn(32, 2, generator=generator, dtype=th.float64)
+    slope, difference = slopes(lambda: (actor.act(features, noise) - 0.1).square().sum(), actor.network, generator)
+    assert abs(slope) > 1 and slope == pytest.approx(difference, rel=1e-4)
+
+
+class Coin(RandomEnv):
+    """One state, one step: 100 for a first coordinate above 0, else 0."""
+
+    def step(self, action: np.ndarray) -> Any:
+        return np.zeros(3, np.float32), 100.0 * (action[0] > 0), True, False, {}
+
+    def reset(self, **kwargs: Any) -> Any:
+        super().reset(**kwargs)
+        return np.zeros(3, np.float32), {}
+
+
+def test_the_value_of_the_buffer_is_a_high_expectile_of_its_rewards() -> None:
+    """
+    Of random actions, a good half of which get 100. The critics learn what each gets; the value counts those with more nine
+    times.
+    """
+    model = make(
+        "flowrl", Coin(), learning_starts=200, learning_rate=3e-3, tau=0.1, batch_size=128, policy_kwargs=dict(net_arch=[64])
+    )
+    model.learn(200)
+    model.train(600, 128)
+    policy, observations = model.policy, th.zeros(2, 3)
+    values = th.cat(policy.buffer_critic(observations, th.tensor([[0.5, 0.0], [-0.5, 0.0]])), dim=1).mean(dim=1)
+    share = float((model.replay_buffer.rewards[:200] > 0).mean())
+    expected = 100 * 0.9 * share / (0.9 * share + 0.1 * (1 - share))
+    value = policy.buffer_value(observations)[0].item() * model.return_scale.value
+    print(values, value, expected)
+    assert values.tolist() == pytest.approx([100, 0], abs=8)
+    assert value == pytest.approx(expected, abs=4)
+
+
+def test_values_of_the_buffer_stay_when_the_scale_rises() -> None:
+    model = make("flowrl").learn(40)
+    batch, policy = model.replay_buffer.sample(8), model.policy
+
+    def in_units_of_return() -> tuple[th.Tensor, ...]:
+        critics = (policy.buffer_critic, policy.buffer_critic_target)
+        values = [critic(batch.observations, batch.actions)[0] for critic in critics]
+        return *values, policy.buffer_value(batch.observations) * policy.buffer_critic.scale
+
+    with th.no_grad():
+        before, scale = in_units_of_return(), policy.buffer_critic.scale.item()
+        model.return_scale.update(np.array([1e4, -1e4]))
+        model.train(0)
+        assert policy.buffer_critic.scale > 2 * scale
+        for old, new in zip(before, in_units_of_return(), strict=True):
+            assert th.allclose(old, new, rtol=1e-4, atol=1e-4)
+
+
 # All of them
 
 
@@ -505,7 +612,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(name: str, tmp_path: Path) -
     checkpoint = next(tmp_path.glob("run_25_steps.zip"))
     resumed = PEERS[name].resume(checkpoint, RandomEnv(), device="cpu").learn(40)
     assert_equal(whole.policy.state_dict(), resumed.policy.state_dict())
-    if name != "dacer":
+    if name not in WITHOUT_TEMPERATURE:
         assert th.equal(whole.temperature.log, resumed.temperature.log)
         assert whole.temperature.log.item() != 0 or not whole.learned
 
@@ -524,6 +631,7 @@ def load_toy() -> ModuleType:
         # A step of the scale at every fourth update instead of every 10 000th
         DACER=(DACER, dict(entropy_interval=4, n_entropy_samples=50)),
         SACFlow=(SACFlow, dict(ent_coef=1.0, target_entropy=None)),
+        FlowRL=(FlowRL, {}),
     )
     return toy
 
@@ -592,6 +700,17 @@ def test_sacflow_keeps_one_of_six_modes() -> None:
     assert trained["modes"] == 1 and trained["strays"] < 0.05
 
 
+def test_flowrl_finds_the_peak() -> None:
+    """Nothing in its loss rewards entropy: of the noise little is left. An untrained policy is everywhere."""
+    toy = load_toy()
+    target = toy.Mixture(th.tensor([[0.3, -0.2]]), 0.2, th.zeros(1, dtype=th.long))
+    settings = dict(learning_rate=1e-3, batch_size=64, sampling_steps=1)
+    untrained, actions = (samples_of(train_on(toy, "FlowRL", target, n, **settings)) for n in (1, 300))
+    print(actions.mean(dim=0), actions.std(dim=0), untrained.std(dim=0))
+    assert untrained.std(dim=0).min() > 0.3
+    assert th.allclose(actions.mean(dim=0), target.means[0], atol=0.05) and actions.std(dim=0).max() < 0.1
+
+
 class Repeat(IdentityEnvBox):
     """Costs the squared distance between action and observation: -67 for 100 random actions, -33 for zeros."""
 
@@ -606,7 +725,7 @@ def test_peers_learn_to_repeat_what_they_see(name: str) -> None:
     if name == "dacer":
         kwargs["learning_rate"] = 3e-4
         policy_kwargs |= dict(sampling_steps=20, critic_type="scalar", noise_scale=1.0)
-    else:
+    elif name not in WITHOUT_TEMPERATURE:
         kwargs["ent_coef"] = 0.02
     model = make(name, Repeat(), policy_kwargs=policy_kwargs, **kwargs).learn(350)
     th.manual_seed(0)
@@ -623,7 +742,7 @@ def test_an_action_takes_all_steps(name: str, deterministic: bool, rows: int) ->
     body = model.actor_target.network.body
     body.register_forward_hook(lambda module, inputs, output: seen.append(output[..., 0].numel()))
     model.predict(model.observation_space.sample(), deterministic=deterministic)
-    assert seen == [rows] * {"dime": 16, "maxentdp": 20, "dacer": 20, "sacflow": 4}[name]
+    assert seen == [rows] * {"dime": 16, "maxentdp": 20, "dacer": 20, "sacflow": 4, "flowrl": 2}[name]
 
 
 def test_the_command_for_the_cost(tmp_path: Path) -> None:
@@ -631,7 +750,7 @@ def test_the_command_for_the_cost(tmp_path: Path) -> None:
     arguments = ["--quick", "--env", "Pendulum-v1", "--output", str(tmp_path / "out" / "cost.csv")]
     table = peers_cost.main(arguments)
     written = pd.read_csv(tmp_path / "out" / "cost.csv")
-    assert len(written) == len(table) == 6 * 8 and (written["milliseconds"] > 0).all()
+    assert len(written) == len(table) == 6 * 9 and (written["milliseconds"] > 0).all()
     assert not written.duplicated(["what", "batch", "algorithm"]).any()
     samples = written[written["what"] == "sample"].set_index("algorithm")
     assert samples.loc["DACER", ["passes", "chain"]].eq(20).all(axis=None)
@@ -683,6 +802,8 @@ def test_arguments_out_of_range_are_named() -> None:
         ("dacer", dict(entropy_interval=0), "entropy_interval"),
         ("dacer", dict(policy_kwargs=dict(noise_scale=0.0)), "noise_scale"),
         ("sacflow", dict(target_entropy=math.inf), "target_entropy"),
+        ("flowrl", dict(expectile=0.0), "expectile"),
+        ("flowrl", dict(constraint_factor=-0.1), "constraint_factor"),
     ]
     for name, kwargs, message in mistakes:
         with pytest.raises(ValueError, match=f"`{message}`"):

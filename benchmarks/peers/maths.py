@@ -4,7 +4,7 @@ The peers' equations, as pure functions: randomness is an argument.
 Time convention: t = 1 is noise, t = 0 is the action; level k of a chain of T steps is t = k / T. ``powers`` are the powers A_k
 of the signal at the levels 0 ... T of a variance-preserving path x_k = sqrt(A_k) a + sqrt(1 - A_k) e. Sources: DIME,
 https://arxiv.org/abs/2502.02316; MaxEntDP, https://arxiv.org/abs/2502.11612; DACER, https://arxiv.org/abs/2405.15177;
-SAC-Flow, https://arxiv.org/abs/2509.25756.
+SAC-Flow, https://arxiv.org/abs/2509.25756; FlowRL, https://arxiv.org/abs/2506.12811.
 """
 
 from __future__ import annotations
@@ -132,6 +132,49 @@ def noisy_flow_log_prob(noise: Sequence[th.Tensor], log_std: th.Tensor) -> th.Te
     :return: In nats, shape (...)
     """
     return standard_normal_log_prob(th.cat(list(noise), dim=-1)) - (len(noise) - 1) * log_std.sum(dim=-1)
+
+
+# FlowRL: a flow in midpoint steps, and what holds it near the replay buffer
+
+
+def midpoint_flow(velocity: OnChain, noise: th.Tensor, n_steps: int) -> th.Tensor:
+    """
+    Carry noise from t = 1 to t = 0 in midpoint steps of length h = 1 / T, x <- x - h v(x - h/2 v(x, t), t - h/2).
+
+    :param velocity: v at t = 1 - step / (2 T), output shape (..., d)
+    :param noise: Where the path starts, shape (..., d)
+    :param n_steps: Number T of steps, of two evaluations each
+    :return: Where it ends, unbounded, shape (..., d)
+    """
+    x = noise
+    for k in range(n_steps):
+        middle = th.sub(x, velocity(x, 2 * k), alpha=0.5 / n_steps)
+        x = th.sub(x, velocity(middle, 2 * k + 1), alpha=1 / n_steps)
+    return x
+
+
+def expectile_loss(errors: th.Tensor, expectile: float) -> th.Tensor:
+    """
+    Mean squared error in which what is too low counts ``expectile``, and what is too high 1 - ``expectile``.
+
+    :param errors: What is to be predicted minus the prediction, any shape
+    :param expectile: In (0, 1); with 1/2 the prediction is the mean
+    :return: A scalar
+    """
+    return ((expectile - (errors < 0).float()).abs() * errors.square()).mean()
+
+
+def constraint_weights(advantages: th.Tensor, factor: float) -> th.Tensor:
+    """
+    How strongly FlowRL's policy is held near the actions of the replay buffer, clip(f exp(u - mean u), 0.001, 1) with
+    u = relu(advantage).
+
+    :param advantages: By how much they are better than the policy's own, shape (B,)
+    :param factor: f, the weight where all of them are equally good
+    :return: In [0.001, 1], shape (B,)
+    """
+    u = advantages.relu()
+    return (factor * (u - u.mean()).exp()).clamp(0.001, 1)
 
 
 # MaxEntDP and DACER: denoising diffusion

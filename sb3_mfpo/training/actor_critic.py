@@ -305,7 +305,7 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
             if self.return_scale.moments.count == 0:
                 self._follow_buffer()
             factor = self.return_scale.follow()
-            for critic in (self.critic, self.critic_target):
+            for critic in self._scaled():
                 critic.rescale(self.return_scale.unit or 1.0, factor)
             self.logger.record("train/return_scale", self.return_scale.value)
 
@@ -381,15 +381,21 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
         :param entropy_bonus: Bonus on their values in units of return, shape (B, 1) or a scalar
         :return: Loss, a scalar; quantities to log
         """
-        # n-step buffers bring their own discounts, gamma to the number of steps that were summed
-        discounts = (1 - batch.dones) * (self.gamma if batch.discounts is None else batch.discounts)
         with th.no_grad():
             next_outputs = self.critic_target(batch.next_observations, next_actions, raw=True)
             target, clipped = self.critic_target.bellman_target(
-                next_outputs, batch.rewards, discounts, entropy_bonus, self.policy.critic_reduction
+                next_outputs, batch.rewards, self._discounts(batch), entropy_bonus, self.policy.critic_reduction
             )
         loss, q_value = self.critic.loss(self.critic(batch.observations, batch.actions, raw=True), target)
         return loss, {"q_value": q_value, "clipped_target_mass": clipped}
+
+    def _discounts(self, batch: ReplayBufferSamples) -> th.Tensor:
+        """
+        :param batch: Sample of a replay buffer
+        :return: Discount factors, zero where the episode terminated, shape (B, 1)
+        """
+        # n-step buffers bring their own, gamma to the number of steps that were summed
+        return (1 - batch.dones) * (self.gamma if batch.discounts is None else batch.discounts)
 
     @th.compiler.disable
     def _descend(self, name: str, loss: th.Tensor, optimizer: th.optim.Optimizer) -> th.Tensor:
@@ -435,6 +441,12 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
         get_ema_multi_avg_fn(1 - tau)(list(target.parameters()), list(online.parameters()), None)
         # Running statistics of batch normalisation are copied, as in SAC
         polyak_update(get_parameters_by_name(online, ["running_"]), get_parameters_by_name(target, ["running_"]), 1.0)
+
+    def _scaled(self) -> list[Any]:
+        """
+        :return: Networks that learn values in units of the returns' scale
+        """
+        return [self.critic, self.critic_target]
 
     def _optimizers(self) -> list[th.optim.Optimizer]:
         return [self.actor.optimizer, self.critic.optimizer]
