@@ -305,9 +305,10 @@ class FlowRL(Peer):
         of_buffer = reduce_values(cast(th.Tensor, outputs).squeeze(-1), self.policy.critic_reduction)
         return maths.constraint_weights(of_buffer - values, self.constraint_factor).mean()
 
-    def _scaled(self) -> list[Any]:
-        policy = self.policy
-        return [*super()._scaled(), policy.buffer_critic, policy.buffer_critic_target, policy.buffer_value]
+    def _rescale(self, unit: float, factor: float) -> None:
+        super()._rescale(unit, factor)
+        for network in (self.policy.buffer_critic, self.policy.buffer_critic_target, self.policy.buffer_value):
+            network.rescale(unit, factor)
 
     def _optimizers(self) -> list[th.optim.Optimizer]:
         return [*super()._optimizers(), self.policy.buffer_critic.optimizer, self.policy.buffer_value.optimizer]

@@ -305,8 +305,7 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
             if self.return_scale.moments.count == 0:
                 self._follow_buffer()
             factor = self.return_scale.follow()
-            for critic in self._scaled():
-                critic.rescale(self.return_scale.unit or 1.0, factor)
+            self._rescale(self.return_scale.unit or 1.0, factor)
             self.logger.record("train/return_scale", self.return_scale.value)
 
         totals: defaultdict[str, float] = defaultdict(float)
@@ -321,6 +320,16 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
                     counts[name] += 1
                 history = []
         self._log({name: total / counts[name] for name, total in totals.items()}, gradient_steps)
+
+    def _rescale(self, unit: float, factor: float) -> None:
+        """
+        Change the unit of the values. In units of return they stay what they are.
+
+        :param unit: The unit, in units of return, above 0
+        :param factor: By which it has changed; 1 for the first unit, as nothing is learned yet
+        """
+        for critic in (self.critic, self.critic_target):
+            critic.rescale(unit, factor)
 
     def _gradient_step(self, batch: ReplayBufferSamples) -> Metrics:
         """
@@ -441,12 +450,6 @@ class ActorCriticAlgorithm(ResumableAlgorithm):
         get_ema_multi_avg_fn(1 - tau)(list(target.parameters()), list(online.parameters()), None)
         # Running statistics of batch normalisation are copied, as in SAC
         polyak_update(get_parameters_by_name(online, ["running_"]), get_parameters_by_name(target, ["running_"]), 1.0)
-
-    def _scaled(self) -> list[Any]:
-        """
-        :return: Networks that learn values in units of the returns' scale
-        """
-        return [self.critic, self.critic_target]
 
     def _optimizers(self) -> list[th.optim.Optimizer]:
         return [self.actor.optimizer, self.critic.optimizer]
