@@ -121,26 +121,19 @@ class FlowRLPolicy(PeerPolicy):
     def _build(self, lr_schedule: Schedule) -> None:
         super()._build(lr_schedule)
         _, critic_arch = get_actor_critic_arch(self.net_arch)
-        layers = dict(net_arch=critic_arch, activation_fn=self.activation_fn, layer_norm=self.layer_norm)
-
-        def make_buffer_critic() -> ScalarCritic:
-            extractor = self.make_features_extractor()
-            return ScalarCritic(
-                observation_space=self.observation_space,
-                action_space=self.action_space,
-                features_extractor=extractor,
-                features_dim=extractor.features_dim,
-                n_critics=self.n_critics,
-                share_features_extractor=False,
-                normalize_images=self.normalize_images,
-                **layers,
-            ).to(self.device)
-
-        self.buffer_critic, self.buffer_critic_target = make_buffer_critic(), make_buffer_critic()
+        self.buffer_critic, self.buffer_critic_target = (
+            ScalarCritic(**self.critic_arguments(critic_arch, None)).to(self.device) for _ in range(2)
+        )
         self.buffer_critic_target.load_state_dict(self.buffer_critic.state_dict())
         self.buffer_critic_target.set_training_mode(False)
         self.buffer_value = StateValue(
-            self.observation_space, self.action_space, self.make_features_extractor(), self.normalize_images, **layers
+            self.observation_space,
+            self.action_space,
+            self.make_features_extractor(),
+            self.normalize_images,
+            net_arch=critic_arch,
+            activation_fn=self.activation_fn,
+            layer_norm=self.layer_norm,
         ).to(self.device)
         for network in (self.buffer_critic, self.buffer_value):
             network.optimizer = self._make_optimizer(network.parameters(), lr_schedule)

@@ -344,9 +344,23 @@ class GenerativePolicy(BasePolicy):
         :param features_extractor: The actor's features extractor, to share it; None makes one
         :return: The critics
         """
+        kwargs = self.critic_arguments(net_arch, features_extractor)
+        if self.critic_type == "scalar":
+            return ScalarCritic(**kwargs).to(self.device)
+        fixed = self.v_min is not None and self.v_max is not None
+        ends = (self.v_min, self.v_max) if fixed else (-self.value_range, self.value_range)
+        grid = th.linspace(*ends, self.n_atoms)  # type: ignore[arg-type]
+        return CategoricalCritic(**kwargs, grid=grid, value_init=self.value_init).to(self.device)
+
+    def critic_arguments(self, net_arch: Sequence[int], features_extractor: BaseFeaturesExtractor | None) -> dict[str, Any]:
+        """
+        :param net_arch: Widths of the hidden layers
+        :param features_extractor: The actor's features extractor, to share it; None makes one
+        :return: Arguments of every ``Critic`` but ``output_dim``
+        """
         share = features_extractor is not None
         features_extractor = features_extractor or self.make_features_extractor()
-        kwargs = dict(
+        return dict(
             observation_space=self.observation_space,
             action_space=self.action_space,
             features_extractor=features_extractor,
@@ -358,12 +372,6 @@ class GenerativePolicy(BasePolicy):
             share_features_extractor=share,
             normalize_images=self.normalize_images,
         )
-        if self.critic_type == "scalar":
-            return ScalarCritic(**kwargs).to(self.device)
-        fixed = self.v_min is not None and self.v_max is not None
-        ends = (self.v_min, self.v_max) if fixed else (-self.value_range, self.value_range)
-        grid = th.linspace(*ends, self.n_atoms)  # type: ignore[arg-type]
-        return CategoricalCritic(**kwargs, grid=grid, value_init=self.value_init).to(self.device)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return super()._get_constructor_parameters() | {name: getattr(self, name) for name in ARGUMENTS}
