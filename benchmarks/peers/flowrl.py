@@ -185,7 +185,7 @@ class FlowRL(Peer):
     :param env: The environment to learn from
     :param learning_rate: Learning rate of all networks
     :param args: Further arguments of SB3's ``OffPolicyAlgorithm``
-    :param expectile: Which expectile of the buffer's actions values is a state's value, in (0, 1)
+    :param expectile: Which expectile of the values of the buffer's actions is a state's value, in (0, 1)
     :param constraint_factor: Weight of flow matching where all actions of the buffer are equally good, at least 0
     :param critic_reduction: "min" or "mean" over the critics
     :param kwargs: Further arguments of ``ActorCriticAlgorithm``
